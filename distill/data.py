@@ -1,0 +1,330 @@
+"""What a run learns from: pictures with conditions, and conditions alone, with a position that can be resumed."""
+
+import gzip
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.condition import Condition
+from models.errors import UserError
+from models.seeds import Draws, mix
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images`` (B, C, H, W) in [-1, 1] and their conditions."""
+
+    images: Tensor
+    cond: Condition
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.images.to(device, non_blocking=True), self.cond.to(device))
+
+
+class Pictures(Protocol):
+    """A set of pictures that can be indexed. ``shape`` is (C, H, W); ``class_names`` in the order of their ids."""
+
+    shape: tuple[int, int, int]
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: list[int]) -> Batch: ...
+
+
+class Stream(Protocol):
+    """An endless supply of batches whose position can be saved."""
+
+    def next(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------- Fashion-MNIST
+
+FASHION_MNIST_CLASSES = [
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+]  # fmt: skip
+FASHION_MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+
+
+def _intact(folder: Path) -> bool:
+    return all(
+        (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        for name, digest in FASHION_MNIST_FILES.items()
+    )
+
+
+def _from_debian(folder: Path) -> None:
+    """The Debian package, downloaded and unpacked without root."""
+    with tempfile.TemporaryDirectory() as temporary:
+        run = lambda *command: subprocess.run(command, cwd=temporary, check=True, capture_output=True, timeout=300)
+        run("apt-get", "download", "dataset-fashion-mnist")
+        package = next(Path(temporary).glob("*.deb"))
+        run("dpkg-deb", "-x", str(package), "unpacked")
+        for name in FASHION_MNIST_FILES:
+            shutil.copy(Path(temporary) / "unpacked/usr/share/datasets/fashion-mnist" / name, folder / name)
+
+
+def _from_torchvision(folder: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    with tempfile.TemporaryDirectory() as temporary:
+        FashionMNIST(temporary, download=True)
+        for name in FASHION_MNIST_FILES:
+            shutil.copy(Path(temporary) / "FashionMNIST/raw" / name, folder / name)
+
+
+def fetch_fashion_mnist(folder: Path) -> None:
+    """Put the four files into ``folder``, from Debian or through torchvision; raise UserError if neither is reachable."""
+    if _intact(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    reasons = []
+    for source in (_from_debian, _from_torchvision):
+        try:
+            source(folder)
+        except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
+            reasons.append(f"{source.__name__[6:]}: {type(error).__name__}")
+        if _intact(folder):
+            return
+    raise UserError(
+        f"Fashion-MNIST is not reachable ({', '.join(reasons)}): fetch the Debian package dataset-fashion-mnist "
+        f"elsewhere and put its four .gz files into {folder}"
+    )
+
+
+class FashionMNIST:
+    """60,000 training or 10,000 test photographs of clothes, 28 x 28 padded to 32 x 32 with background."""
+
+    shape = (1, 32, 32)
+    class_names = FASHION_MNIST_CLASSES
+
+    def __init__(self, folder: Path, train: bool = True):
+        if missing := [name for name in FASHION_MNIST_FILES if not (folder / name).is_file()]:
+            raise UserError(f"{folder} lacks {missing[0]}: run `make data` (or `python -m distill.data {folder}`)")
+        prefix = "train" if train else "t10k"
+        try:
+            raw = gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+            labels = gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
+        except (OSError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}): delete it and run `make data`") from error
+        pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+        self.pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))).unsqueeze(1)
+        self.labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def get(self, indices: list[int]) -> Batch:
+        return Batch(self.pixels[indices].float() / 127.5 - 1, Condition(class_ids=self.labels[indices]))
+
+
+# ------------------------------------------------------------------------------- image folders and HF datasets
+
+
+def to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
+    """Shorter side to ``size``, centre crop; (C, size, size) in [-1, 1]."""
+    image = image.convert("RGB" if channels == 3 else "L")
+    scale = size / min(image.size)
+    if scale != 1:
+        resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class ImageFolder:
+    """Pictures in a folder: one sub-folder per class, or all in one, which is class 0."""
+
+    def __init__(self, folder: Path, size: int, channels: int = 3, workers: int = 2):
+        if not folder.is_dir():
+            raise UserError(f"data.path: {folder} is not a folder")
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        groups = [(i, folder / name) for i, name in enumerate(names)] or [(0, folder)]
+        self.files = [
+            (path, label)
+            for label, group in groups
+            for path in sorted(group.rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not self.files:
+            raise UserError(f"data.path: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
+        self.shape, self.class_names = (channels, size, size), names or [folder.name]
+        self._pool = ThreadPoolExecutor(workers)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, index: int) -> Tensor:
+        path, _ = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return to_tensor(image, self.shape[1], self.shape[0])
+        except OSError as error:
+            raise UserError(f"data.path: {path} is not a readable picture: {error}") from error
+
+    def get(self, indices: list[int]) -> Batch:
+        labels = torch.tensor([self.files[i][1] for i in indices])
+        return Batch(torch.stack(list(self._pool.map(self._read, indices))), Condition(class_ids=labels))
+
+
+def _columns(features: Any, image_column: str, label_column: str | None) -> list[str]:
+    """Check the columns of a Hugging Face data set; the class names."""
+    for column in (image_column, label_column):
+        if column and features is not None and column not in features:
+            raise UserError(f"data: the data set has no column '{column}'; it has {sorted(features)}")
+    label = features[label_column] if label_column and features is not None else None
+    return list(getattr(label, "names", None) or ["all"])
+
+
+class HFPictures:
+    """A map-style Hugging Face data set with an image column and an optional label column."""
+
+    def __init__(self, dataset: Any, size: int, channels: int, image_column: str, label_column: str | None):
+        self.class_names = _columns(dataset.features, image_column, label_column)
+        self.dataset, self.image, self.label = dataset, image_column, label_column
+        self.shape = (channels, size, size)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def get(self, indices: list[int]) -> Batch:
+        return collate([self.dataset[i] for i in indices], self.shape, self.image, self.label)
+
+
+def collate(rows: list[dict[str, Any]], shape: tuple[int, int, int], image: str, label: str | None) -> Batch:
+    """Rows of a Hugging Face data set to a batch; webdataset's ``cls`` files arrive as numbers or their text."""
+    images = torch.stack([to_tensor(row[image], shape[1], shape[0]) for row in rows])
+    labels = torch.tensor([int(row[label]) if label else 0 for row in rows])
+    return Batch(images, Condition(class_ids=labels))
+
+
+# ------------------------------------------------------------------------------------------------------ streams
+
+
+class ShuffledStream:
+    """Epoch after epoch of a shuffled set. The order is a function of the seed, the position one number.
+
+    ``size`` is this process's batch; processes take consecutive slices of one global batch, so the pictures of a step
+    do not depend on how many processes share it. The next batch is prepared while the current one is used.
+    """
+
+    def __init__(self, pictures: Pictures, size: int, seed: int, rank: int = 0, world: int = 1):
+        self.pictures, self.size, self.seed, self.rank, self.world = pictures, size, seed, rank, world
+        self.position = 0
+        self._order: tuple[int, Tensor] | None = None
+        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def _index(self, sample: int) -> int:
+        epoch, offset = divmod(sample, len(self.pictures))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.pictures), generator=generator))
+        return int(self._order[1][offset])
+
+    def _load(self, position: int) -> Batch:
+        start = position + self.rank * self.size
+        return self.pictures.get([self._index(start + i) for i in range(self.size)])
+
+    def next(self) -> Batch:
+        if self._ahead is not None and self._ahead[0] == self.position:
+            batch = self._ahead[1].result()
+        else:
+            batch = self._pool.submit(self._load, self.position).result()
+        self.position += self.size * self.world
+        self._ahead = (self.position, self._pool.submit(self._load, self.position))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class StreamedPictures:
+    """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
+
+    Its position is the library's own ``state_dict``; shards are shuffled, pictures within one are not, since a shuffle
+    buffer could not be resumed exactly.
+    """
+
+    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], image: str, label: str | None):
+        self.dataset, self.size, self.shape, self.image, self.label = dataset, size, shape, image, label
+        self.epoch = 0
+        self.dataset.set_epoch(0)
+        self._rows: Iterator[dict[str, Any]] = iter(self.dataset)
+
+    def next(self) -> Batch:
+        rows: list[dict[str, Any]] = []
+        fresh = False
+        while len(rows) < self.size:
+            row = next(self._rows, None)
+            if row is not None:
+                rows.append(row)
+                fresh = False
+                continue
+            if fresh:
+                raise UserError("data: the streamed data set gives no picture to this process: fewer shards than processes?")
+            self.epoch, fresh = self.epoch + 1, True
+            self.dataset.set_epoch(self.epoch)
+            self._rows = iter(self.dataset)
+        return collate(rows, self.shape, self.image, self.label)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.dataset.set_epoch(self.epoch)
+        self.dataset.load_state_dict(state["dataset"])
+        self._rows = iter(self.dataset)
+
+
+# --------------------------------------------------------------------------------------------------- conditions
+
+
+class Classes:
+    """Conditions alone: classes drawn uniformly."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def sample(self, draws: Draws) -> Condition:
+        """One condition for each row of ``draws``."""
+        return Condition(class_ids=(draws.uniform() * self.count).long().clamp(max=self.count - 1))
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "data/fashion-mnist")
+    try:
+        fetch_fashion_mnist(target)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"Fashion-MNIST is in {target}")

@@ -1,0 +1,60 @@
+"""Diagnostics of a run: sums on the device, one line of metrics.jsonl at a time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.reduce import sum_over_processes
+
+
+class Metrics:
+    """Means of what methods log, over the steps between two lines and over all processes.
+
+    ``sums`` maps a name to (2, ...) sums and counts; it belongs to a checkpoint, so that a resumed run writes the very
+    lines of the uninterrupted one. Nothing in the file depends on time.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, logs: Mapping[str, Tensor]) -> None:
+        """Add detached scalars or vectors, without waiting for the device; NaN entries of a vector (empty bins) count
+        for nothing."""
+        for name, value in logs.items():
+            there = ~value.isnan() if value.ndim else torch.ones_like(value, dtype=torch.bool)
+            pair = torch.stack([torch.where(there, value, 0).float(), there.float()])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def flush(self, step: int, skipped_steps: int, write: bool) -> dict[str, Any]:
+        """The means since the last call; appended to the file where ``write`` is true."""
+        line: dict[str, Any] = {"step": step}
+        for name, pair in self.sums.items():
+            total, count = sum_over_processes(pair)
+            mean = (total / count).tolist()
+            line[name] = [None if v != v else v for v in mean] if isinstance(mean, list) else mean
+        line["skipped_steps"] = skipped_steps
+        self.sums = {}
+        if write:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines behind ``step``, and one that a crash cut short: they will be written again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)

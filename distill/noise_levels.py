@@ -1,0 +1,58 @@
+"""Which noise levels a loss looks at: proposals for t, written as quantile functions of u ~ U(0, 1).
+
+Anything binned over time is binned over u, where every bin is equally populated. (Bins of equal width in an EDM sigma
+put two thirds of the usual draws into the first of ten.)
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill.schema import Schema
+from models.process import Process
+
+
+class Grid(Schema):
+    """Uniform on a part of the process's own grid: Karras for EDM, the index for discrete VP, shifted for flows."""
+
+    kind: Literal["grid"] = "grid"
+    low: float = Field(0.0, ge=0, le=1)
+    """Start of the part, 0 = least noise."""
+    high: float = Field(1.0, ge=0, le=1)
+    """End of the part, 1 = most noise."""
+
+    def times(self, u: Tensor, process: Process) -> Tensor:
+        return process.spaced(self.low + u * (self.high - self.low))
+
+
+class LogNormal(Schema):
+    """``log(sigma / alpha) ~ N(mean, std^2)``, as EDM trains; the tails are clamped to the process's range."""
+
+    kind: Literal["lognormal"] = "lognormal"
+    mean: float = -1.2
+    """Mean of log(sigma / alpha)."""
+    std: float = Field(1.2, gt=0)
+    """Standard deviation of log(sigma / alpha)."""
+
+    def times(self, u: Tensor, process: Process) -> Tensor:
+        log_ratio = self.mean + self.std * torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9))
+        return process.time_from_ratio(log_ratio.exp()).clamp(process.t_min, process.t_max).to(u.dtype)
+
+
+class LogUniform(Schema):
+    """``log(sigma / alpha)`` uniform between two ratios."""
+
+    kind: Literal["loguniform"] = "loguniform"
+    low: float = Field(0.02, gt=0)
+    """Smallest sigma / alpha."""
+    high: float = Field(50.0, gt=0)
+    """Largest sigma / alpha."""
+
+    def times(self, u: Tensor, process: Process) -> Tensor:
+        ratio = self.low * (self.high / self.low) ** u
+        return process.time_from_ratio(ratio).clamp(process.t_min, process.t_max)
+
+
+NoiseLevels = Annotated[Grid | LogNormal | LogUniform, Field(discriminator="kind")]

@@ -1,0 +1,12 @@
+"""Sums over processes, for methods that know nothing of accelerate."""
+
+import torch
+from torch import Tensor
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a detached tensor over all processes; itself when there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values

@@ -1,0 +1,370 @@
+"""The whole configuration of a run: one YAML file, checked here, with overrides on the command line.
+
+``accelerate launch distill/train.py --config configs/.../x.yaml --method.divergence jensen_shannon``
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from distill.noise_levels import LogNormal, NoiseLevels
+from distill.schema import Schema
+from models.errors import UserError
+
+DivergenceName = Literal[
+    "reverse_kl",
+    "softened_reverse_kl",
+    "jensen_shannon",
+    "squared_hellinger",
+    "forward_kl",
+    "jeffreys",
+    "pearson_chi2",
+    "neyman_chi2",
+    "alpha",
+]
+
+
+class FashionMNISTData(Schema):
+    """Fashion-MNIST: 60,000 training photographs, 32 x 32 with padding, ten classes."""
+
+    kind: Literal["fashion_mnist"] = "fashion_mnist"
+    path: Path = Path("data/fashion-mnist")
+    """Folder of the four .gz files; `make data` fills it."""
+
+
+class ImageFolderData(Schema):
+    """Pictures in a folder, one sub-folder per class."""
+
+    kind: Literal["image_folder"] = "image_folder"
+    path: Path
+    """The folder."""
+    size: int = Field(32, gt=0)
+    """Side in pixels: shorter side resized to it (Lanczos), then centre crop."""
+    channels: Literal[1, 3] = 3
+    """1 gray, 3 RGB."""
+    workers: int = Field(2, gt=0)
+    """Threads that decode pictures."""
+
+
+class HFData(Schema):
+    """A data set of the Hugging Face `datasets` library: hub id, local folder, or a builder such as webdataset."""
+
+    kind: Literal["hf_dataset"] = "hf_dataset"
+    path: str
+    """Hub id, folder, or builder name (webdataset, parquet, imagefolder)."""
+    data_files: str | None = None
+    """Files for a builder, with wildcards: "shards/*.tar"."""
+    split: str = "train"
+    """Split to use."""
+    streaming: bool = False
+    """Read as a stream: no random access, exact position kept; shards are split over processes."""
+    image_column: str = "image"
+    """Column of pictures (webdataset: the file suffix, e.g. "png")."""
+    label_column: str | None = "label"
+    """Column of class ids; null: all pictures are class 0."""
+    size: int = Field(32, gt=0)
+    """Side in pixels."""
+    channels: Literal[1, 3] = 3
+    """1 gray, 3 RGB."""
+
+
+class ConditionsOnly(Schema):
+    """No pictures: the student learns from the teacher alone. For methods without a discriminator."""
+
+    kind: Literal["conditions_only"] = "conditions_only"
+
+
+Data = Annotated[FashionMNISTData | ImageFolderData | HFData | ConditionsOnly, Field(discriminator="kind")]
+
+
+class Teacher(Schema):
+    """The pretrained model."""
+
+    path: str
+    """Folder of a teacher, or embedded:NAME for one that comes with the project."""
+    guidance: float = Field(1.0, ge=0)
+    """Classifier-free guidance scale; 1 is none."""
+
+
+class Optimizer(Schema):
+    """AdamW."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.0, ge=0, lt=1)
+    """First-moment decay."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """Second-moment decay."""
+    eps: float = Field(1e-8, gt=0)
+    """Denominator offset."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up, in student steps."""
+    final: float = Field(1.0, ge=0, le=1)
+    """Cosine decay after the warm-up to this fraction of lr at the last step; 1 keeps lr constant."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm, network by network."""
+
+
+class Train(Schema):
+    """The loop."""
+
+    steps: int = Field(gt=0)
+    """Student optimizer steps."""
+    batch_size: int = Field(gt=0)
+    """Pictures per student step over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches that one turn is split into."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: autocast over float32 master weights."""
+    channels_last: bool = False
+    """Memory layout of the convolutions' weights."""
+    compile: bool = False
+    """torch.compile every network."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Decay of the student's moving average per student step, warmed up as (1 + n) / (10 + n)."""
+    log_every: int = Field(20, gt=0)
+    """Student steps between two lines of metrics.jsonl (each is a mean over them)."""
+    sample_every: int = Field(500, gt=0)
+    """Student steps between two sample grids."""
+    checkpoint_every: int = Field(500, gt=0)
+    """Student steps between two checkpoints."""
+    checkpoints_total_limit: int = Field(2, gt=0)
+    """Checkpoints to keep."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers beside metrics.jsonl."""
+
+
+class Evaluation(Schema):
+    """Scoring at the end of the run."""
+
+    num_images: int = Field(0, ge=0)
+    """Pictures to score the student on; 0: no scoring."""
+    teacher_steps: int = Field(18, gt=0)
+    """Heun steps of the teacher that it is compared with."""
+
+
+class Pretrain(Schema):
+    """Train a teacher by denoising score matching (EDM, arXiv 2206.00364)."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    channels: list[int] = [48, 96, 96]
+    """Channels per level of the U-Net."""
+    layers: int = Field(1, gt=0)
+    """Residual blocks per level."""
+    patch: int = Field(2, gt=0)
+    """Side of the squares folded into channels."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Standard deviation that the preconditioning assumes of the data."""
+    drop_condition: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained without their class, for guidance."""
+    noise_levels: NoiseLevels = LogNormal(mean=-1.0, std=1.2)
+    """Noise levels in training."""
+
+
+class GAN(Schema):
+    """The adversarial term and the density ratio's discriminator. Needs pictures."""
+
+    weight: float = Field(3e-2, ge=0)
+    """Weight of softplus(-logit) in the student's loss; 0 trains the discriminator for the ratio only."""
+    taps: list[str] = ["unet.mid_block"]
+    """Blocks of the frozen teacher whose outputs the heads see."""
+    width: int = Field(64, gt=0)
+    """Channels of a head."""
+    r1_weight: float = Field(0.0, ge=0)
+    """Weight of the approximate R1 penalty (APT, arXiv 2501.08316)."""
+    r1_scale: float = Field(0.1, gt=0)
+    """Perturbation of the noised picture, relative to its standard deviation."""
+
+
+class Regression(Schema):
+    """DMD's regression on pairs of noise and the teacher's own picture."""
+
+    path: Path
+    """File made by `python -m distill.pairs`."""
+    weight: float = Field(0.25, gt=0)
+    """Weight of the mean squared error in the student's loss."""
+    every: int = Field(4, gt=0)
+    """One pair for this many samples of the batch."""
+
+
+class Matching(Schema):
+    """What the methods of the distribution-matching family share."""
+
+    sigma_init: float = Field(2.5, gt=0)
+    """Noise level sigma / alpha of the student's input."""
+    critic_turns: int = Field(3, gt=0)
+    """Critic turns per student turn."""
+    reuse_samples: bool = True
+    """Critic turns use the student turn's samples, noised afresh; false: new samples every turn."""
+    noise_levels: NoiseLevels = LogNormal(mean=-0.6, std=1.2)
+    """Noise levels at which student and teacher are compared."""
+    critic_noise_levels: NoiseLevels | None = None
+    """Noise levels of the critic's training; null: the same."""
+    normalizer: Literal["dmd", "none"] = "dmd"
+    """dmd: divide by |x0 - teacher| (DMD, Eq. 8); none: the exact gradient with weight sigma^2 / alpha^2."""
+    bins: int = Field(10, gt=0)
+    """Bins over noise levels for diagnostics and for the ratio's normalisation."""
+    regression: Regression | None = None
+    """Optional regression pairs."""
+
+
+class DMD2(Matching):
+    """DMD2 (arXiv 2405.14867): reverse KL through the score difference, plus a GAN term."""
+
+    kind: Literal["dmd2"] = "dmd2"
+    gan: GAN = GAN()
+    """The discriminator."""
+
+
+class DiffInstruct(Matching):
+    """Diff-Instruct (arXiv 2305.18455): integrated reverse KL, no discriminator, no pictures needed."""
+
+    kind: Literal["diff_instruct"] = "diff_instruct"
+    normalizer: Literal["dmd", "none"] = "none"
+    """As in the paper: the exact gradient, weight sigma^2 / alpha^2."""
+
+
+class FDistill(Matching):
+    """f-distill (arXiv 2502.15681): the score difference weighted by h(r), r the discriminator's density ratio."""
+
+    kind: Literal["f_distill"] = "f_distill"
+    divergence: DivergenceName = "forward_kl"
+    """The f-divergence; `alpha` takes its order from `order`."""
+    order: float = 0.5
+    """Order of the alpha divergence; used with `divergence: alpha` only."""
+    gan: GAN = GAN()
+    """The discriminator."""
+    ratio_decay: float = Field(0.9, ge=0, lt=1)
+    """Decay of the ratio's moving average per noise-level bin."""
+    ratio_clip: tuple[float, float] = (0.1, 20.0)
+    """Range that the ratio is clipped to."""
+    normalize_ratio: bool = True
+    """Stage 1: divide the ratio by its average at that noise level."""
+    normalize_weight: bool = True
+    """Stage 2: divide h(r) by its mean over the batch."""
+
+
+Method = Annotated[Pretrain | DMD2 | DiffInstruct | FDistill, Field(discriminator="kind")]
+
+
+class Config(Schema):
+    """One run."""
+
+    output: Path
+    """Run folder. Running again with the same folder resumes."""
+    data: Data
+    """What it learns from."""
+    teacher: Teacher | None = None
+    """The teacher; none for `pretrain`."""
+    method: Method
+    """How it learns."""
+    student: Optimizer
+    """Optimizer of the student."""
+    critic: Optimizer | None = None
+    """Optimizer of the critic and the discriminator; null: the student's."""
+    train: Train
+    """The loop."""
+    evaluation: Evaluation = Evaluation()
+    """Scoring at the end."""
+
+
+# --------------------------------------------------------------------------------------------- reading and errors
+
+
+def _variants(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for arg in get_args(annotation) for model in _variants(arg)]
+
+
+def _known_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that are allowed under ``model``, of a union only those of the variant that ``values`` chooses."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = values.get(name) if isinstance(values, dict) else None
+        kind = inner.get("kind") if isinstance(inner, dict) else None
+        for variant in _variants(field.annotation):
+            if kind is None or "kind" not in variant.model_fields or variant.model_fields["kind"].default == kind:
+                yield from _known_keys(variant, inner, f"{prefix}{name}.")
+
+
+def _explain(error: ValidationError, values: Any, source: str) -> str:
+    """All problems of a file, a line each: key, what is wrong, what was given."""
+    keys = list(dict.fromkeys(_known_keys(Config, values)))
+    lines = []
+    for item in error.errors():
+        where, value, model = [], values, None
+        for part in item["loc"]:
+            if isinstance(value, dict) and part not in value and value.get("kind") == part:
+                continue  # pydantic puts the union's tag into the path; the file has no such level
+            where.append(str(part))
+            value = value.get(part) if isinstance(value, dict) else model
+        key = ".".join(where)
+        match item["type"]:
+            case "extra_forbidden":
+                near = difflib.get_close_matches(key, keys, 1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                lines.append(f"{key}: unknown key{hint}")
+            case "missing":
+                lines.append(f"{key}: missing")
+            case "union_tag_invalid" | "union_tag_not_found":
+                allowed = item.get("ctx", {}).get("expected_tags", "see --help")
+                lines.append(f"{key}.kind: must be one of {allowed}")
+            case _:
+                lines.append(f"{key}: {item['msg']} (got {item['input']!r})")
+    return f"{source}: " + "; ".join(lines)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a YAML file; UserError in one line that names every problem."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, values, str(path))) from error
+
+
+def write_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def parse(argv: list[str]) -> tuple[Config, bool]:
+    """The configuration that a command line asks for, and whether it is only to be shown (``--dry-run``)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    known, rest = parser.parse_known_args(argv)
+    if known.config is None:
+        raise UserError("--config is missing: accelerate launch distill/train.py --config configs/fashion_mnist/quickstart.yaml")
+    default = read_config(known.config)
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    config = tyro.cli(
+        Config,
+        args=rest,
+        default=default,
+        prog=f"{Path(sys.argv[0]).name} --config {known.config} [--dry-run]",
+        description="Values shown as defaults are those of the file. --dry-run prints the resolved configuration and "
+        "an estimate of time and memory, and ends.",
+        config=options,
+    )
+    return config, known.dry_run
+
+

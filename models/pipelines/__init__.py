@@ -1,0 +1,1 @@
+"""Self-contained pipeline files that are copied into exported students."""

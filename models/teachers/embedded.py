@@ -1,0 +1,83 @@
+"""The embedded class-conditional teachers in pixel space, and the students that come from them.
+
+Both are one kind of folder: a stock ``unet/`` of diffusers and a ``model_index.json`` with the few numbers that make
+it a denoiser. The folder holds its own ``pipeline.py`` too (models/pipelines), so it loads without this project.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.condition import Condition
+from models.denoiser import Denoiser
+from models.process import EDM
+
+
+class PatchUNet(nn.Module):
+    """A UNet2DModel on ``patch`` x ``patch`` squares folded into channels; conditional on classes.
+
+    Convolutions at full resolution are what a CPU pays for: folding makes them 1 / patch^2 as many.
+    """
+
+    def __init__(self, unet: UNet2DModel, patch: int, num_classes: int):
+        super().__init__()
+        self.unet, self.patch, self.num_classes = unet, patch, num_classes
+
+    @classmethod
+    def create(
+        cls, image_channels: int, image_size: int, num_classes: int, channels: list[int], patch: int, layers: int
+    ) -> "PatchUNet":
+        """A new one with random weights: ``channels`` per level, ``layers`` residual blocks per level."""
+        unet = UNet2DModel(
+            sample_size=image_size // patch,
+            in_channels=image_channels * patch**2,
+            out_channels=image_channels * patch**2,
+            block_out_channels=tuple(channels),
+            down_block_types=("DownBlock2D",) * len(channels),
+            up_block_types=("UpBlock2D",) * len(channels),
+            layers_per_block=layers,
+            norm_num_groups=8,
+            attention_head_dim=32,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=num_classes + 1,
+        )
+        return cls(unet, patch, num_classes)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """``x`` (B, C, H, W), ``t`` = ln(sigma) / 4 (B,), classes from ``cond``."""
+        if cond.class_ids is None:
+            raise ValueError("this network is conditional on classes: the condition has no class_ids")
+        labels = torch.where(cond.class_ids < 0, self.num_classes, cond.class_ids)
+        folded = F.pixel_unshuffle(x, self.patch)
+        return F.pixel_shuffle(self.unet(folded, 1000 * t, class_labels=labels).sample, self.patch)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a folder says beside its U-Net; sizes in pixels, ``sigma_init`` None for a teacher."""
+
+    patch: int
+    num_classes: int
+    channels: int
+    size: int
+    sigma_data: float
+    sigma_init: float
+    class_names: list[str]
+
+
+def read_spec(folder: Path) -> Spec:
+    index = json.loads((folder / "model_index.json").read_text())
+    return Spec(**{name: index[name] for name in Spec.__dataclass_fields__})
+
+
+def load(folder: Path) -> tuple[Denoiser, Spec]:
+    """The denoiser in ``folder``, in float32 and evaluation mode."""
+    spec = read_spec(folder)
+    unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+    network = PatchUNet(unet, spec.patch, spec.num_classes)
+    return Denoiser(network, EDM(), "edm", spec.sigma_data).eval(), spec
