@@ -14,11 +14,12 @@ from distill.data import (
 )
 from distill.divergences import DIVERGENCES, alpha
 from distill.methods.base import Method
-from distill.methods.distribution_matching import DistributionMatching
+from distill.methods.distribution_matching import DistributionMatching, DistributionSettings
 from distill.methods.pretrain import Pretraining
 from distill.pairs import Pairs
 from distill.ratio import RatioWeight
 from distill.settings import (
+    DMD2,
     ConditionsOnly,
     Config,
     DiffInstruct,
@@ -26,7 +27,6 @@ from distill.settings import (
     FDistill,
     HFData,
     ImageFolderData,
-    Matching,
     Pretrain,
 )
 from models.denoiser import Denoiser, Guided
@@ -37,6 +37,8 @@ from models.student import OneStepStudent
 from models.teachers import load
 from models.teachers.embedded import PatchUNet, Spec
 
+Shape = tuple[int, int, int]
+
 
 def hf_dataset(data: HFData, rank: int, world: int) -> object:
     """The data set of ``data``; an iterable one is split over processes."""
@@ -45,7 +47,9 @@ def hf_dataset(data: HFData, rank: int, world: int) -> object:
     except ImportError as error:
         raise UserError("data.kind hf_dataset needs the library `datasets`: pip install -e '.[data]'") from error
     try:
-        dataset = datasets.load_dataset(data.path, data_files=data.data_files, split=data.split, streaming=data.streaming)
+        dataset = datasets.load_dataset(
+            data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if data.streaming and world > 1:
@@ -55,7 +59,7 @@ def hf_dataset(data: HFData, rank: int, world: int) -> object:
     return dataset
 
 
-def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, tuple[int, int, int] | None, list[str]]:
+def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, Shape | None, list[str]]:
     """Supply of pictures, their shape (C, H, W) and class names; None, None and [] without pictures."""
     data, seed = config.data, config.train.seed
     size = config.train.batch_size // (world * config.train.gradient_accumulation_steps)
@@ -79,7 +83,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
     return ShuffledStream(pictures, size, seed, rank, world), pictures.shape, pictures.class_names
 
 
-def build_method(config: Config, shape: tuple[int, int, int] | None, class_names: list[str]) -> tuple[Method, Spec]:
+def build_method(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Method, Spec]:
     """The method with its networks, and the spec that the exported student will carry.
 
     UserError where settings, teacher and data do not fit each other.
@@ -87,15 +91,17 @@ def build_method(config: Config, shape: tuple[int, int, int] | None, class_names
     match config.method:
         case Pretrain():
             return _pretraining(config, config.method, shape, class_names)
-        case Matching():
+        case DMD2() | DiffInstruct() | FDistill():
             return _matching(config, config.method, shape)
 
 
 def _pretraining(
-    config: Config, settings: Pretrain, shape: tuple[int, int, int] | None, class_names: list[str]
+    config: Config, settings: Pretrain, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, Spec]:
     if config.teacher is not None:
-        raise UserError("teacher: `pretrain` trains a teacher and takes none; remove the key or choose another method.kind")
+        raise UserError(
+            "teacher: `pretrain` trains a teacher and takes none; remove the key or choose another method.kind"
+        )
     if shape is None:
         raise UserError("data.kind: `pretrain` needs pictures, conditions_only has none")
     channels, size, _ = shape
@@ -104,16 +110,15 @@ def _pretraining(
         raise UserError(f"data: side {size} is not a multiple of {levels} = method.patch x 2^(levels - 1)")
     network = PatchUNet.create(channels, size, len(class_names), settings.channels, settings.patch, settings.layers)
     process = EDM()
-    spec = Spec(
-        settings.patch, len(class_names), channels, size, settings.sigma_data, process.t_max, class_names
-    )
+    spec = Spec(settings.patch, len(class_names), channels, size, settings.sigma_data, process.t_max, class_names)
     return Pretraining(settings, Denoiser(network, process, "edm", settings.sigma_data)), spec
 
 
-def _matching(config: Config, settings: Matching, shape: tuple[int, int, int] | None) -> tuple[Method, Spec]:
-    assert isinstance(settings, DiffInstruct | FDistill) or settings.kind == "dmd2"
+def _matching(config: Config, settings: DistributionSettings, shape: Shape | None) -> tuple[Method, Spec]:
     if config.teacher is None:
-        raise UserError(f"teacher: missing; {settings.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}")
+        raise UserError(
+            f"teacher: missing; {settings.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
+        )
     denoiser, spec = load(config.teacher.path)
     expected = (spec.channels, spec.size, spec.size)
     if shape is not None and shape != expected:
@@ -121,7 +126,9 @@ def _matching(config: Config, settings: Matching, shape: tuple[int, int, int] | 
     discriminator = ratio = None
     if not isinstance(settings, DiffInstruct):
         if shape is None:
-            raise UserError(f"data.kind: {settings.kind} has a discriminator and needs pictures; conditions_only has none")
+            raise UserError(
+                f"data.kind: {settings.kind} has a discriminator and needs pictures; conditions_only has none"
+            )
         widths = feature_channels(denoiser, settings.gan.taps, expected)
         discriminator = Discriminator(widths, settings.gan.width)
     if isinstance(settings, FDistill):

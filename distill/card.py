@@ -10,7 +10,9 @@ def model_card(config: Config, spec: Spec) -> str:
     """Markdown with the metadata block that model hubs read."""
     method = config.method.kind
     teacher = config.teacher.path if config.teacher else None
-    what = f"One-step student distilled from `{teacher}` with `{method}`" if teacher else "Denoiser (EDM preconditioning)"
+    what = (
+        f"One-step student distilled from `{teacher}` with `{method}`" if teacher else "Denoiser (EDM preconditioning)"
+    )
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return f"""---
 library_name: diffusers

@@ -1,7 +1,8 @@
 """Checkpoints that are atomic, complete and named by network.
 
 ``checkpoints/step-N/{student,critic,discriminator}/{model.safetensors, optimizer.pt}``, the moving average in
-``step-N/student/ema.safetensors``, everything else (step, data position, log sums, ratio averages) in ``step-N/state.pt``.
+``step-N/student/ema.safetensors``, everything else (step, data position, log sums, ratio averages) in
+``step-N/state.pt``.
 Frozen networks are never written. ``.pt`` files hold tensors and plain containers and are read with ``weights_only``.
 """
 

@@ -95,7 +95,7 @@ def _from_torchvision(folder: Path) -> None:
 
 
 def fetch_fashion_mnist(folder: Path) -> None:
-    """Put the four files into ``folder``, from Debian or through torchvision; raise UserError if neither is reachable."""
+    """Put the four files into ``folder``, from Debian or through torchvision; UserError if neither is reachable."""
     if _intact(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,8 @@ def fetch_fashion_mnist(folder: Path) -> None:
 class FashionMNIST:
     """60,000 training or 10,000 test photographs of clothes, 28 x 28 padded to 32 x 32 with background."""
 
-    shape = (1, 32, 32)
-    class_names = FASHION_MNIST_CLASSES
+    shape: tuple[int, int, int] = (1, 32, 32)
+    class_names: list[str] = FASHION_MNIST_CLASSES
 
     def __init__(self, folder: Path, train: bool = True):
         if missing := [name for name in FASHION_MNIST_FILES if not (folder / name).is_file()]:
@@ -290,7 +290,9 @@ class StreamedPictures:
                 fresh = False
                 continue
             if fresh:
-                raise UserError("data: the streamed data set gives no picture to this process: fewer shards than processes?")
+                raise UserError(
+                    "data: the streamed data set gives no picture to this process: fewer shards than processes?"
+                )
             self.epoch, fresh = self.epoch + 1, True
             self.dataset.set_epoch(self.epoch)
             self._rows = iter(self.dataset)

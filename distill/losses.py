@@ -33,8 +33,8 @@ def score_surrogate(
 
     with ``Delta = s_p - s_q = (a / sigma^2)(critic_x0 - teacher_x0)`` and ``e = (a / sigma^2)(critic_x0 - x0)``.
     DMD2, Diff-Instruct, VSD: k = (1, 0, 0); f-distill: (h(r), 0, 0) (arXiv 2502.15681, Eq. 8); SIM, SiD and
-    Uni-Instruct use k1 and k2. With ``w`` the time weight of the objective, ``normalizer="none"`` and exact networks the
-    mean over samples has the gradient of ``w D_f(q_t || p_t)``.
+    Uni-Instruct use k1 and k2. With ``w`` the time weight of the objective, ``normalizer="none"`` and exact networks
+    the mean over samples has the gradient of ``w D_f(q_t || p_t)``.
 
     x0:          (B, ...) student samples, carry the gradient
     teacher_x0:  (B, ...) the teacher's denoising of x_t; detached by the caller unless k1 or k2 is used

@@ -18,9 +18,9 @@ class Grid(Schema):
     """Uniform on a part of the process's own grid: Karras for EDM, the index for discrete VP, shifted for flows."""
 
     kind: Literal["grid"] = "grid"
-    low: float = Field(0.0, ge=0, le=1)
+    low: float = Field(default=0.0, ge=0, le=1)
     """Start of the part, 0 = least noise."""
-    high: float = Field(1.0, ge=0, le=1)
+    high: float = Field(default=1.0, ge=0, le=1)
     """End of the part, 1 = most noise."""
 
     def times(self, u: Tensor, process: Process) -> Tensor:
@@ -33,7 +33,7 @@ class LogNormal(Schema):
     kind: Literal["lognormal"] = "lognormal"
     mean: float = -1.2
     """Mean of log(sigma / alpha)."""
-    std: float = Field(1.2, gt=0)
+    std: float = Field(default=1.2, gt=0)
     """Standard deviation of log(sigma / alpha)."""
 
     def times(self, u: Tensor, process: Process) -> Tensor:
@@ -45,9 +45,9 @@ class LogUniform(Schema):
     """``log(sigma / alpha)`` uniform between two ratios."""
 
     kind: Literal["loguniform"] = "loguniform"
-    low: float = Field(0.02, gt=0)
+    low: float = Field(default=0.02, gt=0)
     """Smallest sigma / alpha."""
-    high: float = Field(50.0, gt=0)
+    high: float = Field(default=50.0, gt=0)
     """Largest sigma / alpha."""
 
     def times(self, u: Tensor, process: Process) -> Tensor:

@@ -1,6 +1,6 @@
 """Pairs of noise and the teacher's own picture, for DMD's regression term.
 
-    python -m distill.pairs --teacher embedded:fashion_mnist --output data/pairs.safetensors --count 2000
+python -m distill.pairs --teacher embedded:fashion_mnist --output data/pairs.safetensors --count 2000
 """
 
 import sys
@@ -32,9 +32,13 @@ class Pairs:
             tensors = load_file(path)
             self.z, self.class_ids, self.target = tensors["z"], tensors["class_ids"], tensors["target"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"method.regression.path: {path} is not a file of pairs ({error}): run `python -m distill.pairs`") from error
+            raise UserError(
+                f"method.regression.path: {path} is not a file of pairs ({error}): run `python -m distill.pairs`"
+            ) from error
         if tuple(self.z.shape[1:]) != shape:
-            raise UserError(f"method.regression.path: pairs of shape {tuple(self.z.shape[1:])}, the teacher's is {shape}")
+            raise UserError(
+                f"method.regression.path: pairs of shape {tuple(self.z.shape[1:])}, the teacher's is {shape}"
+            )
         self.every = every
 
     def sample(self, draws: Draws) -> tuple[Tensor, Condition, Tensor]:

@@ -1,4 +1,4 @@
-"""The density ratio ``r = q_t / p_t`` from a discriminator's logits, and the weight ``h(r)`` normalised in two stages."""
+"""The density ratio ``r = q_t / p_t`` from a discriminator's logits; the weight ``h(r)`` normalised in two stages."""
 
 import torch
 from torch import Tensor, nn

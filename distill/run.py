@@ -32,6 +32,12 @@ def build(config: Config) -> Trainer:
         project_dir=str(config.output),
         step_scheduler_with_optimizer=False,
     )
+    shares = accelerator.num_processes * config.train.gradient_accumulation_steps
+    if config.train.batch_size % shares:
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} is not a multiple of {shares} = "
+            f"{accelerator.num_processes} processes x train.gradient_accumulation_steps"
+        )
     stream, shape, names = build_stream(config, accelerator.process_index, accelerator.num_processes)
     method, spec = build_method(config, shape, names)
     return Trainer(config, method, stream, accelerator, spec)

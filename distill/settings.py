@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import difflib
 import sys
 from collections.abc import Iterator
@@ -45,11 +46,11 @@ class ImageFolderData(Schema):
     kind: Literal["image_folder"] = "image_folder"
     path: Path
     """The folder."""
-    size: int = Field(32, gt=0)
+    size: int = Field(default=32, gt=0)
     """Side in pixels: shorter side resized to it (Lanczos), then centre crop."""
     channels: Literal[1, 3] = 3
     """1 gray, 3 RGB."""
-    workers: int = Field(2, gt=0)
+    workers: int = Field(default=2, gt=0)
     """Threads that decode pictures."""
 
 
@@ -69,7 +70,7 @@ class HFData(Schema):
     """Column of pictures (webdataset: the file suffix, e.g. "png")."""
     label_column: str | None = "label"
     """Column of class ids; null: all pictures are class 0."""
-    size: int = Field(32, gt=0)
+    size: int = Field(default=32, gt=0)
     """Side in pixels."""
     channels: Literal[1, 3] = 3
     """1 gray, 3 RGB."""
@@ -89,7 +90,7 @@ class Teacher(Schema):
 
     path: str
     """Folder of a teacher, or embedded:NAME for one that comes with the project."""
-    guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
 
 
@@ -98,19 +99,19 @@ class Optimizer(Schema):
 
     lr: float = Field(gt=0)
     """Peak learning rate."""
-    beta1: float = Field(0.0, ge=0, lt=1)
+    beta1: float = Field(default=0.0, ge=0, lt=1)
     """First-moment decay."""
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
     """Second-moment decay."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Denominator offset."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up, in student steps."""
-    final: float = Field(1.0, ge=0, le=1)
+    final: float = Field(default=1.0, ge=0, le=1)
     """Cosine decay after the warm-up to this fraction of lr at the last step; 1 keeps lr constant."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm, network by network."""
 
 
@@ -121,7 +122,7 @@ class Train(Schema):
     """Student optimizer steps."""
     batch_size: int = Field(gt=0)
     """Pictures per student step over all processes and accumulation steps."""
-    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
     """Micro-batches that one turn is split into."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast over float32 master weights."""
@@ -129,28 +130,28 @@ class Train(Schema):
     """Memory layout of the convolutions' weights."""
     compile: bool = False
     """torch.compile every network."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything."""
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the student's moving average per student step, warmed up as (1 + n) / (10 + n)."""
-    log_every: int = Field(20, gt=0)
+    log_every: int = Field(default=20, gt=0)
     """Student steps between two lines of metrics.jsonl (each is a mean over them)."""
-    sample_every: int = Field(500, gt=0)
+    sample_every: int = Field(default=500, gt=0)
     """Student steps between two sample grids."""
-    checkpoint_every: int = Field(500, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
     """Student steps between two checkpoints."""
-    checkpoints_total_limit: int = Field(2, gt=0)
+    checkpoints_total_limit: int = Field(default=2, gt=0)
     """Checkpoints to keep."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
     """Trackers beside metrics.jsonl."""
 
 
 class Evaluation(Schema):
     """Scoring at the end of the run."""
 
-    num_images: int = Field(0, ge=0)
+    num_images: int = Field(default=0, ge=0)
     """Pictures to score the student on; 0: no scoring."""
-    teacher_steps: int = Field(18, gt=0)
+    teacher_steps: int = Field(default=18, gt=0)
     """Heun steps of the teacher that it is compared with."""
 
 
@@ -158,15 +159,15 @@ class Pretrain(Schema):
     """Train a teacher by denoising score matching (EDM, arXiv 2206.00364)."""
 
     kind: Literal["pretrain"] = "pretrain"
-    channels: list[int] = [48, 96, 96]
+    channels: list[int] = Field(default=[32, 64, 96], min_length=1)
     """Channels per level of the U-Net."""
-    layers: int = Field(1, gt=0)
+    layers: int = Field(default=1, gt=0)
     """Residual blocks per level."""
-    patch: int = Field(2, gt=0)
+    patch: int = Field(default=2, gt=0)
     """Side of the squares folded into channels."""
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation that the preconditioning assumes of the data."""
-    drop_condition: float = Field(0.1, ge=0, le=1)
+    drop_condition: float = Field(default=0.1, ge=0, le=1)
     """Share of samples trained without their class, for guidance."""
     noise_levels: NoiseLevels = LogNormal(mean=-1.0, std=1.2)
     """Noise levels in training."""
@@ -175,15 +176,15 @@ class Pretrain(Schema):
 class GAN(Schema):
     """The adversarial term and the density ratio's discriminator. Needs pictures."""
 
-    weight: float = Field(3e-2, ge=0)
+    weight: float = Field(default=3e-2, ge=0)
     """Weight of softplus(-logit) in the student's loss; 0 trains the discriminator for the ratio only."""
-    taps: list[str] = ["unet.mid_block"]
+    taps: list[str] = Field(default=["unet.mid_block"], min_length=1)
     """Blocks of the frozen teacher whose outputs the heads see."""
-    width: int = Field(64, gt=0)
+    width: int = Field(default=64, gt=0)
     """Channels of a head."""
-    r1_weight: float = Field(0.0, ge=0)
+    r1_weight: float = Field(default=0.0, ge=0)
     """Weight of the approximate R1 penalty (APT, arXiv 2501.08316)."""
-    r1_scale: float = Field(0.1, gt=0)
+    r1_scale: float = Field(default=0.1, gt=0)
     """Perturbation of the noised picture, relative to its standard deviation."""
 
 
@@ -192,18 +193,18 @@ class Regression(Schema):
 
     path: Path
     """File made by `python -m distill.pairs`."""
-    weight: float = Field(0.25, gt=0)
+    weight: float = Field(default=0.25, gt=0)
     """Weight of the mean squared error in the student's loss."""
-    every: int = Field(4, gt=0)
+    every: int = Field(default=4, gt=0)
     """One pair for this many samples of the batch."""
 
 
 class Matching(Schema):
     """What the methods of the distribution-matching family share."""
 
-    sigma_init: float = Field(2.5, gt=0)
+    sigma_init: float = Field(default=2.5, gt=0)
     """Noise level sigma / alpha of the student's input."""
-    critic_turns: int = Field(3, gt=0)
+    critic_turns: int = Field(default=3, gt=0)
     """Critic turns per student turn."""
     reuse_samples: bool = True
     """Critic turns use the student turn's samples, noised afresh; false: new samples every turn."""
@@ -213,7 +214,7 @@ class Matching(Schema):
     """Noise levels of the critic's training; null: the same."""
     normalizer: Literal["dmd", "none"] = "dmd"
     """dmd: divide by |x0 - teacher| (DMD, Eq. 8); none: the exact gradient with weight sigma^2 / alpha^2."""
-    bins: int = Field(10, gt=0)
+    bins: int = Field(default=10, gt=0)
     """Bins over noise levels for diagnostics and for the ratio's normalisation."""
     regression: Regression | None = None
     """Optional regression pairs."""
@@ -245,7 +246,7 @@ class FDistill(Matching):
     """Order of the alpha divergence; used with `divergence: alpha` only."""
     gan: GAN = GAN()
     """The discriminator."""
-    ratio_decay: float = Field(0.9, ge=0, lt=1)
+    ratio_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the ratio's moving average per noise-level bin."""
     ratio_clip: tuple[float, float] = (0.1, 20.0)
     """Range that the ratio is clipped to."""
@@ -326,24 +327,73 @@ def _explain(error: ValidationError, values: Any, source: str) -> str:
     return f"{source}: " + "; ".join(lines)
 
 
-def read_config(path: Path) -> Config:
-    """The configuration in a YAML file; UserError in one line that names every problem."""
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked; UserError if there are none to be had."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def check(values: dict[str, Any], source: str) -> Config:
+    """The configuration that ``values`` are; UserError in one line that names every problem."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, values, str(path))) from error
+        raise UserError(_explain(error, values, source)) from error
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a YAML file."""
+    return check(read_values(path), str(path))
 
 
 def write_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """``values`` with ``--dotted.key value`` or ``--dotted.key=value`` put in; values are read as YAML."""
+    values, rest = copy.deepcopy(values), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise UserError(f"command line: expected --key value, found '{argument}'")
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"command line: --{key} has no value")
+            text = rest.pop(0)
+        *parents, last = key.replace("-", "_").split(".")
+        place = values
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            place[last] = text
+    return values
+
+
+def show_help(path: Path | None) -> None:
+    """Every key with its meaning; with a file, that file's method and values."""
+    epilogue = "--dry-run prints the resolved configuration with an estimate of time and memory, and ends."
+    if path is None:
+        print(f"usage: train.py --config FILE [--key.sub value ...] [--dry-run]\n\n{epilogue}")
+        print("--config FILE --help shows every key of that file's kind of run, and its values as defaults.")
+        return
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    description = f"Defaults are the values of {path}. {epilogue}"
+    tyro.cli(
+        Config, args=["--help"], default=read_config(path), prog="train.py", description=description, config=options
+    )
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -351,20 +401,12 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
     known, rest = parser.parse_known_args(argv)
+    if known.help:
+        show_help(known.config)
+        sys.exit(0)
     if known.config is None:
-        raise UserError("--config is missing: accelerate launch distill/train.py --config configs/fashion_mnist/quickstart.yaml")
-    default = read_config(known.config)
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    config = tyro.cli(
-        Config,
-        args=rest,
-        default=default,
-        prog=f"{Path(sys.argv[0]).name} --config {known.config} [--dry-run]",
-        description="Values shown as defaults are those of the file. --dry-run prints the resolved configuration and "
-        "an estimate of time and memory, and ends.",
-        config=options,
-    )
-    return config, known.dry_run
-
-
+        raise UserError("--config is missing: give one, e.g. --config configs/fashion_mnist/quickstart.yaml")
+    source = f"{known.config} with the command line" if rest else str(known.config)
+    return check(override(read_values(known.config), rest), source), known.dry_run

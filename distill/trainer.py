@@ -1,26 +1,26 @@
 """The one training loop. It knows networks, turns and files; it knows nothing of what a method's losses mean."""
 
 import signal
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
 
 from distill import checkpoint
 from distill.data import Stream
 from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
+from distill.preview import Preview
 from distill.reduce import sum_over_processes
 from distill.schedule import learning_rate
 from distill.settings import Config, Optimizer
-from models.condition import Condition
 from models.errors import UserError
 from models.seeds import Draws, mix
 from models.teachers.embedded import Spec
@@ -37,24 +37,11 @@ class Trainer:
     uninterrupted one and two processes repeat one.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        stream: Stream | None,
-        accelerator: Accelerator,
-        spec: Spec,
-    ):
+    def __init__(self, config: Config, method: Method, stream: Stream | None, accelerator: Accelerator, spec: Spec):
         self.config, self.method, self.stream, self.accelerator, self.spec = config, method, stream, accelerator, spec
-        self.folder, self.step = config.output, 0
-        train, world = config.train, accelerator.num_processes
-        self.micro_batches = train.gradient_accumulation_steps
-        self.size = train.batch_size // (world * self.micro_batches)
-        if self.size * world * self.micro_batches != train.batch_size:
-            raise UserError(
-                f"train.batch_size: {train.batch_size} is not a multiple of {world} processes x "
-                f"{self.micro_batches} accumulation steps"
-            )
+        train, device = config.train, accelerator.device
+        self.step, self.micro_batches = 0, train.gradient_accumulation_steps
+        self.size = train.batch_size // (accelerator.num_processes * self.micro_batches)
         self.bare: dict[str, nn.Module] = dict(method.networks)
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
@@ -62,20 +49,20 @@ class Trainer:
             network.train()
             if train.channels_last:
                 network.to(memory_format=torch.channels_last)
-            optimizer = self._optimizer(network, self.settings(name))
+            optimizer = self._optimizer(network, self._settings(name))
             self.wrapped[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
             if train.compile:
                 self.wrapped[name].compile()
         for module in [*method.buffers.values(), *method.frozen]:
-            module.to(accelerator.device)
+            module.to(device)
         self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=True)
-        self.ema.to(accelerator.device)
         self.metrics = Metrics(config.output / "metrics.jsonl")
-        self.bad_steps = torch.zeros(3, device=accelerator.device)  # in a row, worst row, in all
-        self.stopping, self.seconds = False, 0.0
-        self.teacher_rows: tuple[Tensor, ...] | None = None
+        self.preview = Preview(config.output / "samples", spec, config.evaluation.teacher_steps, device)
+        self.bad_steps = torch.zeros(3, device=device)
+        """Steps that were not finite: how many in a row up to now, in the longest row, in all."""
+        self.stopping = False
 
-    def settings(self, name: str) -> Optimizer:
+    def _settings(self, name: str) -> Optimizer:
         return self.config.student if name == "student" else self.config.critic or self.config.student
 
     @staticmethod
@@ -84,16 +71,37 @@ class Trainer:
         parameters = [p for p in network.parameters() if p.requires_grad]
         return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, weight_decay=decay, fused=True)
 
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The student with its averaged weights."""
+        parameters = list(self.bare["student"].parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
     # -------------------------------------------------------------------------------------------------------- turns
 
-    def turn(self, kind: str, index: int) -> None:
-        """One optimizer step of the student (``kind`` "student") or of everything else ("critic")."""
+    def run_step(self) -> None:
+        """One student step with its critic turns."""
+        bad = self.turn("student", 0)
+        self.ema.step(self.bare["student"].parameters())
+        for index in range(self.method.critic_turns):
+            bad = torch.maximum(bad, self.turn("critic", index + 1))
+        self.step += 1
+        row = (self.bad_steps[0] + 1) * bad
+        self.bad_steps = torch.stack([row, torch.maximum(self.bad_steps[1], row), self.bad_steps[2] + bad])
+
+    def turn(self, kind: str, index: int) -> Tensor:
+        """One optimizer step of the student (``kind`` "student") or of all else ("critic"); 1 if it was not finite."""
         names = [name for name in self.bare if (name == "student") == (kind == "student")]
         for name, network in self.bare.items():
             network.requires_grad_(name in names)
             self.method.networks[name] = self.wrapped[name] if name in names else network
         loss_of = self.method.student_loss if kind == "student" else self.method.critic_loss
-        total: Tensor = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
         for micro in range(self.micro_batches):
             with ExitStack() as stack:
                 if micro < self.micro_batches - 1:
@@ -104,80 +112,43 @@ class Trainer:
                 self.accelerator.backward(loss / self.micro_batches)
             total = total + loss.detach()
             self.metrics.add(logs)
-        self._update(names, total)
+        return self._update(names, total)
 
     def _inputs(self, kind: str, index: int, micro: int) -> Turn:
         """Random numbers by place in the global batch, and this process's pictures if the turn needs any."""
-        accelerator = self.accelerator
+        accelerator, seed = self.accelerator, self.config.train.seed
         first = (micro * accelerator.num_processes + accelerator.process_index) * self.size
-        seeds = [mix(self.config.train.seed, self.step, index, first + i) for i in range(self.size)]
-        torch.manual_seed(mix(self.config.train.seed, self.step, index, first))  # dropout
+        seeds = [mix(seed, self.step, index, first + i) for i in range(self.size)]
+        torch.manual_seed(mix(seed, self.step, index, first))  # for dropout
         real = None
         if kind in self.method.pictures and self.stream is not None:
             real = self.stream.next().to(accelerator.device)
         return Turn(Draws(seeds, accelerator.device), real)
 
-    def _update(self, names: list[str], loss: Tensor) -> None:
-        """Clip and step each network in turn; a step that is not finite changes nothing and is counted, on the device."""
+    def _update(self, names: list[str], loss: Tensor) -> Tensor:
+        """Clip and step each network of the turn. What is not finite changes nothing; no wait for the device."""
         norms = {}
         for name in names:
-            network = self.wrapped[name]
-            norms[name] = self.accelerator.clip_grad_norm_(network.parameters(), self.settings(name).max_grad_norm)
+            limit = self._settings(name).max_grad_norm
+            norms[name] = self.accelerator.clip_grad_norm_(self.wrapped[name].parameters(), limit)
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all() & loss.isfinite()
         bad = sum_over_processes((~finite).float()).clamp(max=1)
         for name in names:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings(name), self.step, self.config.train.steps)
-            optimizer.optimizer.found_inf = bad  # the fused optimizer skips the step where this is 1
+                group["lr"] = learning_rate(self._settings(name), self.step, self.config.train.steps)
+            optimizer.optimizer.found_inf = bad  # the fused kernel skips the step where this is 1
             optimizer.step()
             optimizer.zero_grad()
         self.metrics.add({f"grad_norm/{name}": norm.detach() for name, norm in norms.items()})
-        self.turn_was_bad = torch.maximum(self.turn_was_bad, bad)
+        return bad
 
-    def run_step(self) -> None:
-        """One student step with its critic turns."""
-        self.turn_was_bad = torch.zeros((), device=self.accelerator.device)
-        self.turn("student", 0)
-        self.ema.step(self.bare["student"].parameters())
-        for index in range(self.method.critic_turns):
-            self.turn("critic", index + 1)
-        self.step += 1
-        row = (self.bad_steps[0] + 1) * self.turn_was_bad
-        self.bad_steps = torch.stack([row, torch.maximum(self.bad_steps[1], row), self.bad_steps[2] + self.turn_was_bad])
-
-    # --------------------------------------------------------------------------------------- pictures and checkpoints
-
-    @torch.no_grad()
-    def _sample(self) -> None:
-        """Write the grid of the student's moving average, with the teacher's pictures above it on the same noise."""
-        if not self.accelerator.is_main_process:
-            return
-        columns, device = min(10, self.spec.num_classes), self.accelerator.device
-        z = Draws(list(range(2 * columns)), device).normal(self.spec.channels, self.spec.size, self.spec.size)
-        cond = Condition(class_ids=torch.arange(2 * columns, device=device) % columns)
-        with self.ema_weights():
-            rows = self.method.sample(z, cond).float().cpu().split(columns)
-        if self.teacher_rows is None:
-            reference = self.method.reference(z, cond, self.config.evaluation.teacher_steps)
-            self.teacher_rows = () if reference is None else reference.float().cpu().split(columns)
-        if self.teacher_rows:
-            rows = [row for pair in zip(self.teacher_rows, rows, strict=True) for row in pair]
-        grid = make_grid(torch.cat(list(rows)).clamp(-1, 1) / 2 + 0.5, nrow=columns)
-        (self.folder / "samples").mkdir(exist_ok=True)
-        save_image(grid, self.folder / "samples" / f"step-{self.step:06d}.png")
-
-    def ema_weights(self) -> "_EMAWeights":
-        """Context in which the student has its averaged weights."""
-        return _EMAWeights(self.ema, self.bare["student"])
+    # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
+        """Write a checkpoint of everything that is trained and of every position."""
         stream = self.stream.state_dict() if self.stream is not None else {}
-        streams = [stream]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            streams = gather_object([stream])
+        streams = gather_object([stream]) if self.accelerator.num_processes > 1 else [stream]
         if self.accelerator.is_main_process:
             names = [name for name, _ in self.bare["student"].named_parameters()]
             average = dict(zip(names, (p.contiguous() for p in self.ema.shadow_params), strict=True))
@@ -191,16 +162,16 @@ class Trainer:
             }
             optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
             keep = self.config.train.checkpoints_total_limit
-            checkpoint.save(self.folder / "checkpoints", self.step, self.bare, optimizers, average, state, keep)
+            folder = self.config.output / "checkpoints"
+            checkpoint.save(folder, self.step, self.bare, optimizers, average, state, keep)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
-        steps = checkpoint.list_steps(self.folder / "checkpoints")
-        device = self.accelerator.device
-        if steps:
+        folder, device = self.config.output / "checkpoints", self.accelerator.device
+        if steps := checkpoint.list_steps(folder):
             optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
-            average, state = checkpoint.load(self.folder / "checkpoints", steps[-1], self.bare, optimizers, device)
+            average, state = checkpoint.load(folder, steps[-1], self.bare, optimizers, device)
             self.step, self.ema.optimization_step = state["step"], state["ema_step"]
             self.ema.shadow_params = [average[name] for name, _ in self.bare["student"].named_parameters()]
             self.metrics.sums = {name: value.to(device) for name, value in state["sums"].items()}
@@ -217,26 +188,28 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step; False if SIGTERM or Ctrl-C ended it earlier (everything is saved then)."""
-        train = self.config.train
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        bar = tqdm(total=train.steps, initial=self.step, desc="steps", disable=not self.accelerator.is_local_main_process)
-        started, saved = time.perf_counter(), self.step
+        train, main = self.config.train, self.accelerator.is_main_process
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(total=train.steps, initial=self.step, desc="steps", disable=not main)
+        saved = self.step
         if self.step == 0:
             self._sample()
         try:
             while self.step < train.steps and not self._asked_to_stop():
                 self.run_step()
                 bar.update()
-                if self.step % PATIENCE == 0 or self.step == train.steps:
+                last = self.step == train.steps
+                if last or self.step % PATIENCE == 0:
                     self._check_finite()
-                if self.step % train.log_every == 0 or self.step == train.steps:
-                    line = self.metrics.flush(self.step, int(self.bad_steps[2]), self.accelerator.is_main_process)
+                if last or self.step % train.log_every == 0:
+                    line = self.metrics.flush(self.step, int(self.bad_steps[2]), main)
+                    numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()}, refresh=False)
                     if train.trackers:
-                        self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, list)}, self.step)
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in line.items() if isinstance(v, float)}, refresh=False)
-                if self.step % train.sample_every == 0 or self.step == train.steps:
+                        self.accelerator.log(numbers, self.step)
+                if last or self.step % train.sample_every == 0:
                     self._sample()
-                if self.step % train.checkpoint_every == 0 or self.step == train.steps:
+                if last or self.step % train.checkpoint_every == 0:
                     self.save()
                     saved = self.step
             if saved != self.step:
@@ -245,35 +218,28 @@ class Trainer:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self.seconds = time.perf_counter() - started
         return self.step >= train.steps
+
+    def _sample(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.ema_weights():
+                self.preview.draw(self.method, self.step)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopping = True
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was asked to; all must agree, or the others would wait for ever."""
+        """Whether any process was asked to: all must agree, or the others would wait for ever."""
         if self.accelerator.num_processes == 1:
             return self.stopping
         return bool(sum_over_processes(torch.tensor(float(self.stopping), device=self.accelerator.device)) > 0)
 
     def _check_finite(self) -> None:
-        if self.bad_steps[1] >= PATIENCE:
-            steps = checkpoint.list_steps(self.folder / "checkpoints")
-            kept = f"checkpoint step-{steps[-1]} is kept" if steps else "there is no checkpoint yet"
-            raise UserError(
-                f"loss or gradient was not finite for {PATIENCE} steps in a row, up to step {self.step}: {kept}; "
-                "lower student.lr and critic.lr, or train without bf16"
-            )
-
-
-class _EMAWeights:
-    def __init__(self, ema: EMAModel, network: nn.Module):
-        self.ema, self.network = ema, network
-
-    def __enter__(self) -> None:
-        self.ema.store(self.network.parameters())
-        self.ema.copy_to(self.network.parameters())
-
-    def __exit__(self, *_exception: object) -> None:
-        self.ema.restore(self.network.parameters())
+        if self.bad_steps[1] < PATIENCE:
+            return
+        steps = checkpoint.list_steps(self.config.output / "checkpoints")
+        kept = f"checkpoint step-{steps[-1]} is kept" if steps else "there is no checkpoint yet"
+        raise UserError(
+            f"loss or gradient was not finite for {PATIENCE} steps in a row, up to step {self.step}: {kept}; "
+            "lower student.lr and critic.lr, or train without bf16"
+        )

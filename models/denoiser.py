@@ -1,7 +1,7 @@
 """A teacher is a denoiser: ``denoise(x_t, t, cond) -> x0``, whatever its network predicts and however it was noised."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -20,16 +20,17 @@ class Denoiser(nn.Module):
     """A network with its noise process and the kind of its prediction.
 
     ``network(x, t, cond)`` takes ``x`` (B, C, H, W), ``t`` (B,) and a Condition and returns (B, C, H, W). With
-    ``prediction="edm"`` the network is wrapped in the preconditioning of Karras et al. (arXiv 2206.00364, Table 1): it
-    sees ``c_in x_t`` and ``ln(sigma) / 4``, and its output is scaled and added to ``c_skip x_t``. With any other kind it
-    sees ``x_t`` and ``t`` as they are.
+    ``prediction="edm"`` the network is wrapped in the preconditioning of Karras et al. (arXiv 2206.00364, Table 1):
+    it sees ``c_in x_t`` and ``ln(sigma) / 4``, and its output is scaled and added to ``c_skip x_t``. With any other
+    kind it sees ``x_t`` and ``t`` as they are.
     """
 
     def __init__(
         self, network: nn.Module, process: Process, prediction: Prediction | Literal["edm"], sigma_data: float = 0.5
     ):
         super().__init__()
-        self.network, self.process, self.prediction, self.sigma_data = network, process, prediction, sigma_data
+        self.network, self.process, self.sigma_data = network, process, sigma_data
+        self.prediction: Prediction | Literal["edm"] = prediction
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The mean of x0 given ``x_t`` (B, C, H, W) at times ``t`` (B,); returns (B, C, H, W) in the dtype of x_t."""
@@ -73,11 +74,8 @@ class Denoiser(nn.Module):
         def stop() -> None:
             raise StopForward
 
-        with self._tapped(taps, stop) as features:
-            try:
-                self.denoise(x_t, t, cond)
-            except StopForward:
-                pass
+        with self._tapped(taps, stop) as features, suppress(StopForward):
+            self.denoise(x_t, t, cond)
         return features
 
     def denoise_and_features(
@@ -97,7 +95,7 @@ class Denoiser(nn.Module):
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance ``x0 = x0(null) + scale (x0(cond) - x0(null))`` (arXiv 2207.12598), in one batched call."""
+    """Classifier-free guidance ``x0(null) + scale (x0(cond) - x0(null))`` (arXiv 2207.12598), in one batched call."""
 
     def __init__(self, denoiser: Denoiser, scale: float):
         super().__init__()

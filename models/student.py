@@ -62,7 +62,11 @@ def heun(denoiser: Denoises, z: Tensor, cond: Condition, steps: int) -> Tensor:
     ``dy/d rho = (y - x0) / rho``.
     """
     process = denoiser.process
-    u = torch.linspace(1, 0, steps, dtype=torch.float64, device=z.device) if steps > 1 else torch.ones(1, device=z.device)
+    u = (
+        torch.linspace(1, 0, steps, dtype=torch.float64, device=z.device)
+        if steps > 1
+        else torch.ones(1, device=z.device)
+    )
     times = process.spaced(u.double())
     rhos = torch.cat([process.ratio(times), torch.zeros(1, dtype=torch.float64, device=z.device)])
 

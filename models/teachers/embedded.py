@@ -42,7 +42,7 @@ class PatchUNet(nn.Module):
             up_block_types=("UpBlock2D",) * len(channels),
             layers_per_block=layers,
             norm_num_groups=8,
-            attention_head_dim=32,
+            attention_head_dim=min(32, channels[-1]),
             resnet_time_scale_shift="scale_shift",
             num_class_embeds=num_classes + 1,
         )

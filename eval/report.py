@@ -1,0 +1,218 @@
+"""The report of a run: one HTML page that opens offline, the same numbers as JSON, and the pictures.
+
+python -m eval.report runs/my_run    # draw report.html again from report.json, with the newest training curve
+"""
+
+import base64
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from eval.generate import Sampler, images
+from models.errors import UserError
+from models.teachers.embedded import Spec
+
+GRID_ROWS, GRID_COLUMNS = 4, 10
+CURVE_POINTS = 400
+LOSS_TERMS = {"matching", "regression", "adversarial"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One drawing for the page: inline ``svg`` and the sentence that stands for it."""
+
+    title: str
+    description: str
+    svg: str
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def _pixels(images_: Tensor, side: int) -> NDArray[np.uint8]:
+    """uint8 (B, C, H, W) to RGB (B, side, side, 3), enlarged by whole pixels."""
+    factor = max(1, side // images_.shape[-1])
+    rgb = images_.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return rgb.repeat(factor, 1).repeat(factor, 2)
+
+
+def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.device | str) -> NDArray[np.uint8]:
+    """RGB (H, W, 3): one column for each of the first ten classes; four groups of rows, one row for each sampler.
+
+    Pictures of a group and column have the same noise and class; they are the first of those that are scored.
+    """
+    columns, n = min(GRID_COLUMNS, spec.num_classes), GRID_ROWS * spec.num_classes
+    shape = (spec.channels, spec.size, spec.size)
+    made = [torch.cat(list(images(s, n, shape, spec.num_classes, 50, seed, device=device))) for s in samplers]
+    tiles = [_pixels(pictures, 64) for pictures in made]
+    side, head, margin, gap = tiles[0].shape[1], 22, 64, 8
+    group = len(samplers) * side + gap
+    canvas = Image.new("RGB", (margin + columns * (side + 2), head + GRID_ROWS * group - gap), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for column, name in enumerate(spec.class_names[:columns]):
+        draw.text((margin + column * (side + 2) + side / 2, head / 2), name, "black", font, anchor="mm")
+    for row in range(GRID_ROWS):
+        for index, sampler in enumerate(samplers):
+            top = head + row * group + index * side
+            draw.text((4, top + side / 2), sampler.name.split(",")[0], "black", font, anchor="lm")
+            for column in range(columns):
+                tile = Image.fromarray(tiles[index][row * spec.num_classes + column])
+                canvas.paste(tile, (margin + column * (side + 2), top))
+    return np.asarray(canvas)
+
+
+# ------------------------------------------------------------------------------------------------------ curves
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Series (step, value) of every finite number in metrics.jsonl; broken lines are left out."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    if not path.is_file():
+        return series
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            step = float(entry.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        for name, value in entry.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+                series.setdefault(name, []).append((step, float(value)))
+    return series
+
+
+def _thinned(points: list[tuple[float, float]]) -> NDArray[np.float64]:
+    """At most CURVE_POINTS points (k, 2): means over equal stretches of the series."""
+    array = np.array(points)
+    if len(array) <= CURVE_POINTS:
+        return array
+    return np.stack([part.mean(0) for part in np.array_split(array, CURVE_POINTS)])
+
+
+def draw_chart(title: str, series: dict[str, list[tuple[float, float]]], unit: str, log_scale: bool = False) -> Chart:
+    """Lines over student steps as an SVG that takes its text colour from the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    ink = "#010203"
+    colours = ["#2f7fd6", "#d9772b", "#2f9e62", "#b04fc0", "#c9373f", "#8a8a2a"]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}):
+        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for (name, points), colour in zip(series.items(), colours * len(series), strict=False):
+            xy = _thinned(points)
+            axes.plot(xy[:, 0], xy[:, 1], label=name, color=colour, linewidth=1.6, marker="o" if len(xy) < 30 else None)
+        axes.set_xlabel("student step", color=ink)
+        axes.set_ylabel(unit, color=ink)
+        if log_scale and all(y > 0 for points in series.values() for _, y in points):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axes.tick_params(colors=ink, which="both")
+        axes.grid(alpha=0.25, color="#888888")
+        for name, spine in axes.spines.items():
+            spine.set_visible(name in ("left", "bottom"))
+            spine.set_edgecolor(ink)
+        if len(series) > 1:
+            axes.legend(frameon=False, labelcolor=ink)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'((?:id="|href="#|url\(#))', rf"\1{prefix}-", svg)
+    svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2)
+    last = "; ".join(f"{name}: {points[-1][1]:.4g} at step {points[-1][0]:.0f}" for name, points in series.items())
+    label = f"{title}. Last values: {last}"
+    return Chart(title, label, svg.replace("<svg", '<svg role="img" aria-hidden="true" focusable="false"', 1))
+
+
+def charts(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
+    """The distance over steps, and one chart of losses."""
+    drawn = []
+    distances = {name: points for name, points in series.items() if name == "fd" or name.startswith("fd_")}
+    losses = {name: points for name, points in series.items() if "loss" in name or name in LOSS_TERMS}
+    if distances:
+        drawn.append(draw_chart("Distance during training", distances, "Fréchet distance", log_scale=True))
+    if losses:
+        drawn.append(draw_chart("Losses", losses, "loss", log_scale=True))
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- pages
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The scores as a table for a terminal."""
+    lines = [f"{result['protocol']['extractor']}, {result['protocol']['images']} pictures"]
+    lines.append(f"{'':<24}{'calls':>6}{'FD':>10}{'floor':>8}{'KID x 1e3':>18}{'pictures/s':>12}")
+    rates = result["speed"]["images_per_second"]
+    for row in result["scores"]:
+        kid = f"{1e3 * row['kid']:.2f} ± {1e3 * row['kid_std']:.2f}"
+        numbers = f"{row['nfe']:>6}{row['fd']:>10.3f}{row['floor']:>8.3f}{kid:>18}{rates[row['sampler']]:>12.1f}"
+        lines.append(f"{row['sampler']:<24}{numbers}  {row['source']}")
+    return "\n".join([*lines, *(f"warning: {caution}" for caution in result["cautions"])])
+
+
+def write(result: dict[str, Any], folder: Path, run: Path) -> Path:
+    """Write report.json and report.html into ``folder``; returns the page.
+
+    ``result`` is what ``eval.fid.evaluate`` returned; grid.png is taken from ``folder``, the training curve and the
+    settings from metrics.jsonl and config.yaml of ``run``, each if it is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    grid, config = folder / "grid.png", run / "config.yaml"
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.get_template("report.html").render(
+        **result,
+        name=run.resolve().name,
+        rates=result["speed"]["images_per_second"],
+        grid=base64.b64encode(grid.read_bytes()).decode() if grid.is_file() else None,
+        charts=charts(read_metrics(run / "metrics.jsonl")),
+        config=config.read_text() if config.is_file() else None,
+    )
+    target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw a run's report.html again from its report.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder that has been scored."""
+
+
+def main(options: Options) -> None:
+    """Read report/report.json of the run and write report/report.html."""
+    source = options.run / "report" / "report.json"
+    try:
+        result = json.loads(source.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read: score the run first with `python -m eval.fid --student`") from error
+    print(f"report: {write(result, source.parent, options.run)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
