@@ -2,6 +2,8 @@
 
 import copy
 
+import torch
+
 from distill.data import (
     Classes,
     FashionMNIST,
@@ -110,7 +112,7 @@ def _pretraining(
         raise UserError(f"data: side {size} is not a multiple of {levels} = method.patch x 2^(levels - 1)")
     network = PatchUNet.create(channels, size, len(class_names), settings.channels, settings.patch, settings.layers)
     process = EDM()
-    spec = Spec(settings.patch, len(class_names), channels, size, settings.sigma_data, process.t_max, class_names)
+    spec = Spec(settings.patch, len(class_names), channels, size, settings.sigma_data, None, class_names)
     return Pretraining(settings, Denoiser(network, process, "edm", settings.sigma_data)), spec
 
 
@@ -136,7 +138,8 @@ def _matching(config: Config, settings: DistributionSettings, shape: Shape | Non
         stages = (settings.normalize_ratio, settings.normalize_weight)
         ratio = RatioWeight(divergence, settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
     pairs = Pairs(settings.regression.path, expected, settings.regression.every) if settings.regression else None
-    student = OneStepStudent(copy.deepcopy(denoiser), settings.sigma_init)
+    start = denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64))
+    student = OneStepStudent(copy.deepcopy(denoiser), float(start))
     critic = copy.deepcopy(denoiser)
     teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
     conditions = Classes(spec.num_classes)

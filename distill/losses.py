@@ -39,14 +39,14 @@ def score_surrogate(
     x0:          (B, ...) student samples, carry the gradient
     teacher_x0:  (B, ...) the teacher's denoising of x_t; detached by the caller unless k1 or k2 is used
     critic_x0:   (B, ...) the fake score's denoising of x_t; likewise
-    alpha, sigma, k0, k1, k2, weight: (B,) or numbers; they carry no gradient
+    alpha, sigma, k0, k1, k2, weight: (B,) or numbers, detached by the caller
     normalizer:  "dmd" divides by ``sum |x0 - teacher_x0|`` (DMD, arXiv 2311.18828, Eq. 8, summed over pixels); with it
                  the fixed point p = q stays but the objective is no longer a divergence
     """
     delta, error = critic_x0 - teacher_x0, critic_x0 - x0
     to_score = alpha / sigma**2
     value = k0 * alpha * to_score * per_sample(delta.detach() * x0)
-    if not (isinstance(k1, float) and k1 == 0.0 and isinstance(k2, float) and k2 == 0.0):
+    if isinstance(k1, Tensor) or isinstance(k2, Tensor) or k1 or k2:
         value = value + to_score**2 * (k1 * per_sample(delta**2) - k2 * per_sample(delta * error))
     if normalizer == "dmd":
         distance = (x0 - teacher_x0).detach().abs()

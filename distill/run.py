@@ -14,6 +14,7 @@ from distill.settings import Config, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
 from models.export import export
+from models.teachers import resolve
 from models.teachers.embedded import PatchUNet
 
 FREE_KEYS = {"output", "evaluation"} | {
@@ -27,6 +28,7 @@ def build(config: Config) -> Trainer:
     """The trainer of ``config``, everything on its device, at step 0."""
     torch.manual_seed(config.train.seed)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it accelerate does not see torchrun's processes on a CPU
         mixed_precision=config.train.mixed_precision,
         log_with=list(config.train.trackers) or None,
         project_dir=str(config.output),
@@ -92,7 +94,25 @@ def train(config: Config) -> int:
             network = cast(PatchUNet, trainer.method.exported())
             export(config.output / "student", network, trainer.spec, model_card(config, trainer.spec))
         print(f"student: {config.output / 'student'}")
+        if config.evaluation.num_images:
+            evaluate(config)
     return 0
+
+
+def evaluate(config: Config) -> None:
+    """Score the exported student beside its teacher and write the report into the run folder."""
+    from eval import fid, report
+
+    folder = config.output / "report"
+    teacher = resolve(config.teacher.path) if config.teacher else None
+    settings = config.evaluation
+    student = config.output / "student"
+    result = fid.evaluate(
+        student, teacher, settings.num_images, teacher_steps=settings.teacher_steps, grid=folder / "grid.png"
+    )
+    report.write(result, folder, config.output)
+    print(report.as_text(result))
+    print(f"report: {folder / 'report.html'}")
 
 
 def dry_run(config: Config) -> int:

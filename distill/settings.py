@@ -300,6 +300,18 @@ def _known_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterat
                 yield from _known_keys(variant, inner, f"{prefix}{name}.")
 
 
+def _hint(key: str, keys: list[str]) -> str:
+    """The known key that ``key`` was probably meant to be: alike in its last part, rather under the same parent."""
+
+    def likeness(other: str) -> float:
+        parent, _, last = key.rpartition(".")
+        other_parent, _, other_last = other.rpartition(".")
+        return difflib.SequenceMatcher(None, last, other_last).ratio() + 0.1 * (parent == other_parent)
+
+    best = max(keys, key=likeness)
+    return f"; did you mean '{best}'?" if likeness(best) > 0.75 else ""
+
+
 def _explain(error: ValidationError, values: Any, source: str) -> str:
     """All problems of a file, a line each: key, what is wrong, what was given."""
     keys = list(dict.fromkeys(_known_keys(Config, values)))
@@ -314,9 +326,7 @@ def _explain(error: ValidationError, values: Any, source: str) -> str:
         key = ".".join(where)
         match item["type"]:
             case "extra_forbidden":
-                near = difflib.get_close_matches(key, keys, 1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                lines.append(f"{key}: unknown key{hint}")
+                lines.append(f"{key}: unknown key{_hint(key, keys)}")
             case "missing":
                 lines.append(f"{key}: missing")
             case "union_tag_invalid" | "union_tag_not_found":

@@ -92,7 +92,7 @@ class DiscreteVP(Process):
     def log_ratio(self, t: Tensor) -> Tensor:
         """``log(sigma / alpha)`` at index ``t``."""
         table = self.log_ratios.to(t.device)
-        t = t.clamp(self.t_min, self.t_max)
+        t = t + (t.clamp(self.t_min, self.t_max) - t).detach()  # clamp itself has no slope at the ends
         low = t.detach().floor().clamp(max=self.t_max - 1).long()
         return (table[low] + (t - low) * (table[low + 1] - table[low])).to(t.dtype)
 

@@ -58,27 +58,25 @@ def heun(denoiser: Denoises, z: Tensor, cond: Condition, steps: int) -> Tensor:
     """Heun's second-order sampler on the process's own grid (arXiv 2206.00364, Algorithm 1 without churn).
 
     ``z`` (B, C, H, W) is unit noise; ``2 steps - 1`` network calls; one step is a plain denoising at the highest noise.
-    Written for any process through ``y = x / alpha`` as a function of ``rho = sigma / alpha``, where the ODE is
-    ``dy/d rho = (y - x0) / rho``.
+    For any process: x moves with alpha and sigma, ``dx = x0 d alpha + eps d sigma``, which for EDM is the paper's own
+    step and stays finite where alpha goes to 0.
     """
     process = denoiser.process
-    u = (
-        torch.linspace(1, 0, steps, dtype=torch.float64, device=z.device)
-        if steps > 1
-        else torch.ones(1, device=z.device)
-    )
-    times = process.spaced(u.double())
-    rhos = torch.cat([process.ratio(times), torch.zeros(1, dtype=torch.float64, device=z.device)])
+    times = process.spaced(torch.linspace(1, 0, steps, dtype=torch.float64, device=z.device))
+    end = times.new_ones(1)
+    alphas = torch.cat([process.alpha(times), end])
+    sigmas = torch.cat([process.sigma(times), 0 * end])
 
-    def slope(y: Tensor, index: int) -> Tensor:
-        t = times[index].expand(len(y)).float()
-        x0 = denoiser.denoise((process.alpha(times[index]) * y).float(), t, cond)
-        return (y - x0) / rhos[index]
+    def parts(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """x0 and eps at the i-th time."""
+        x0 = denoiser.denoise(x.to(z.dtype), times[i].expand(len(x)).float(), cond).double()
+        return x0, (x - alphas[i] * x0) / sigmas[i]
 
-    y = rhos[0] * z.double()
+    x = sigmas[0] * z.double()
     for i in range(steps):
-        step = rhos[i + 1] - rhos[i]
-        first = slope(y, i)
-        proposal = y + step * first
-        y = proposal if i == steps - 1 else y + step * (first + slope(proposal, i + 1)) / 2
-    return y.to(z.dtype)
+        x0, eps = parts(x, i)
+        if i == steps - 1:
+            return (alphas[i + 1] * x0).to(z.dtype)
+        later_x0, later_eps = parts(alphas[i + 1] * x0 + sigmas[i + 1] * eps, i + 1)
+        x = x + (alphas[i + 1] - alphas[i]) * (x0 + later_x0) / 2 + (sigmas[i + 1] - sigmas[i]) * (eps + later_eps) / 2
+    raise ValueError(f"steps must be at least 1, got {steps}")

@@ -4,11 +4,11 @@ from typing import get_args
 
 import pytest
 import torch
-from analytic import NAMES, by_autograd
 from torch import Tensor
 
 from distill.divergences import DIVERGENCES, Divergence, alpha
 from distill.settings import DivergenceName
+from tests.analytic import NAMES, by_autograd
 
 RATIOS = torch.logspace(-3, 3, 121, dtype=torch.float64)
 ORDERS = (-1.0, -0.3, 0.0, 0.25, 0.5, 0.9, 1.0, 1.5, 2.0, 3.0)

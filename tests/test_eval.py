@@ -20,21 +20,11 @@ from eval.metrics import kernel_distance, polynomial_mmd
 from eval.reference import Reference, load_reference
 from models.condition import Condition
 from models.errors import UserError
-from models.export import export
 from models.student import OneStepStudent
 from models.teachers import embedded
+from tests.tiny import save_network
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-
-
-def save_network(folder: Path, sigma_init: float | None, seed: int, size: int = 32, classes: int = 10) -> Path:
-    """A tiny random U-Net as this project exports it."""
-    torch.manual_seed(seed)
-    network = embedded.PatchUNet.create(1, size, classes, [8, 32], patch=4, layers=1)
-    spec = embedded.Spec(4, classes, 1, size, 0.5, sigma_init, NAMES[:classes])  # pyright: ignore[reportArgumentType]
-    export(folder, network, spec, "")
-    return folder
 
 
 @pytest.fixture(scope="module")

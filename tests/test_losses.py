@@ -9,20 +9,6 @@ from typing import Literal
 
 import pytest
 import torch
-from analytic import (
-    NAMES,
-    ExactNetwork,
-    Mixture,
-    Pair,
-    divergence_by_quadrature,
-    expanded_by_quadrature,
-    gradient,
-    log_ratio,
-    normal_grid,
-    relative_error,
-    student_nodes,
-    vector,
-)
 from torch import Tensor, nn
 
 from distill import losses
@@ -36,6 +22,20 @@ from models.denoiser import Denoiser, Guided
 from models.process import EDM, Process, RectifiedFlow
 from models.seeds import Draws
 from models.student import OneStepStudent
+from tests.analytic import (
+    NAMES,
+    ExactNetwork,
+    Mixture,
+    Pair,
+    divergence_by_quadrature,
+    expanded_by_quadrature,
+    gradient,
+    log_ratio,
+    normal_grid,
+    relative_error,
+    student_nodes,
+    vector,
+)
 
 TOLERANCE = 1e-8
 PASTED = Pair(mu=0.7, s=0.6)

@@ -7,7 +7,6 @@ from typing import get_args
 
 import pytest
 import torch
-from analytic import ExactNetwork, Mixture, vector
 from torch import Tensor, nn
 
 from models.condition import NULL_CLASS, Condition
@@ -15,6 +14,7 @@ from models.denoiser import Denoiser, Guided, Reparameterized
 from models.parameterization import Prediction, from_x0, score_from_x0, to_eps, to_x0
 from models.process import EDM, DiscreteVP, Process, RectifiedFlow, TrigFlow, expand_to
 from models.student import OneStepStudent, heun
+from tests.analytic import ExactNetwork, Mixture, vector
 
 SCALED_LINEAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 VP = DiscreteVP(SCALED_LINEAR)

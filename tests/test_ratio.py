@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from analytic import NAMES, Mixture, log_ratio
 from torch import Tensor
 
 from distill.divergences import DIVERGENCES, alpha
@@ -12,6 +11,7 @@ from distill.losses import bin_index, bin_means
 from distill.noise_levels import Grid, LogNormal, LogUniform
 from distill.ratio import RatioWeight
 from models.process import EDM
+from tests.analytic import NAMES, Mixture, log_ratio
 
 BINS = 10
 EVERYTHING = (1e-9, 1e9)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import pytest
 import torch
-from analytic import ExactNetwork, Mixture, vector
 from torch import Tensor, nn
 
 from distill.data import Batch, Classes
@@ -27,6 +26,7 @@ from models.denoiser import Denoiser, Guided
 from models.process import EDM
 from models.seeds import Draws, mix
 from models.student import OneStepStudent
+from tests.analytic import ExactNetwork, Mixture, vector
 
 SHAPE = (2, 1, 1)
 STEPS, BATCH, SIGMA_INIT, SIGMA_DATA = 450, 256, 2.5, 1.0

@@ -66,7 +66,7 @@ class Spec:
     channels: int
     size: int
     sigma_data: float
-    sigma_init: float
+    sigma_init: float | None
     class_names: list[str]
 
 

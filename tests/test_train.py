@@ -1,0 +1,273 @@
+"""The loop: kill and resume, processes, skipped steps, signals, the moving average, and what a step costs."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill import checkpoint
+from distill.run import build
+from distill.run import train as run_training
+from distill.settings import Config
+from models.errors import UserError
+from tests.tiny import command, environment, settings, train, write_settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, pictures and one finished run of six steps."""
+    folder = tmp_path_factory.mktemp("train")
+    done = train("--config", write_settings(folder, "whole"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by file and name."""
+    folder, tensors = run / "checkpoints" / f"step-{step}", {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors |= {f"{path.relative_to(folder)}:{name}": value for name, value in load_file(path).items()}
+
+    def collect(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{prefix}.{key}", inner)
+
+    for path in sorted(folder.rglob("*.pt")):
+        collect(str(path.relative_to(folder)), torch.load(path, weights_only=True))
+    return tensors
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys() and len(first) > 100
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing, differing[:5]
+
+
+def test_a_run_leaves_what_the_design_promises(base: Path):
+    run = base / "whole"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    wanted = {"matching", "critic_loss", "d_real", "d_fake", "ratio", "teacher_critic_distance", "grad_norm/student"}
+    assert wanted <= lines[0].keys() and len(lines[0]["ratio"]) == 4 and lines[0]["skipped_steps"] == 0
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    assert {p.name for p in (run / "checkpoints/step-6").iterdir()} == {
+        "student",
+        "critic",
+        "discriminator",
+        "state.pt",
+    }
+    assert {p.name for p in (run / "student").iterdir()} == {"unet", "pipeline.py", "model_index.json", "README.md"}
+    assert (run / "samples/step-000006.png").is_file() and (run / "config.yaml").is_file()
+
+
+def test_kill_and_repeat_is_bit_identical(base: Path):
+    """SIGKILL somewhere behind the first checkpoint; the same command ends as the uninterrupted run did."""
+    config, run = write_settings(base, "killed"), base / "killed"
+    process = subprocess.Popen(command("--config", config), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "step-2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "student").exists(), "the run ended before it could be killed"
+    (run / "metrics.jsonl").open("a").write('{"step": 4, "torn')
+    again = train("--config", config)
+    assert again.returncode == 0, again.stderr
+    assert (run / "metrics.jsonl").read_text() == (base / "whole" / "metrics.jsonl").read_text()
+    assert_same(state(run, 6), state(base / "whole", 6))
+
+
+def test_resume_between_log_lines_keeps_the_means(base: Path):
+    """A checkpoint that falls between two lines carries the sums of the first half."""
+    changes = {"train__log_every": 3, "train__checkpoint_every": 2}
+    whole, halves = write_settings(base, "means", **changes), settings(base, "means2", **changes)
+    assert train("--config", whole).returncode == 0
+    config = Config.model_validate(halves)
+    trainer = build(config)
+    config.output.mkdir()
+    for _ in range(2):
+        trainer.run_step()
+    trainer.save()
+    again = train("--config", write_settings(base, "means2", **changes))
+    assert again.returncode == 0, again.stderr
+    lines = [json.loads(line) for line in (base / "means2/metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (base / "means/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["critic_loss"] == pytest.approx(other["critic_loss"], rel=1e-5)
+
+
+def test_two_processes_agree_with_one(base: Path):
+    """torchrun with gloo at the same global batch: losses and every network to 1e-5."""
+    config = write_settings(base, "two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = train("--config", config, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    one, two = state(base / "whole", 6), state(base / "two", 6)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if "exp_avg_sq" not in name:
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    lines = [json.loads((base / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "two")]
+    assert lines[0]["critic_loss"] == pytest.approx(lines[1]["critic_loss"], rel=1e-5)
+    assert lines[0]["ratio"] == pytest.approx(lines[1]["ratio"], rel=1e-4)
+
+
+def test_gradient_accumulation_is_one_batch(tmp_path: Path):
+    """Two micro-batches of a run without batch statistics give the gradient of one batch."""
+    method = {"kind": "diff_instruct", "critic_turns": 1, "reuse_samples": False}
+    runs = {}
+    for parts in (1, 2):
+        values = settings(tmp_path, f"acc{parts}", method=method, train__gradient_accumulation_steps=parts)
+        trainer = build(Config.model_validate(values))
+        for _ in range(2):
+            trainer.run_step()
+        runs[parts] = [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    for one, two in zip(runs[1], runs[2], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_sigterm_saves_and_exits(base: Path):
+    config, run = write_settings(base, "term", train__steps=10000, train__checkpoint_every=10000), base / "term"
+    process = subprocess.Popen(
+        command("--config", config), env=environment(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command resumes" in errors
+    assert len(checkpoint.list_steps(run / "checkpoints")) == 1
+
+
+def test_nonfinite_steps_are_skipped_counted_and_end_the_run(tmp_path: Path):
+    values = settings(tmp_path, train__steps=40, train__checkpoint_every=3, train__log_every=1)
+    trainer = build(Config.model_validate(values))
+    trainer.config.output.mkdir()
+    original = trainer.method.student_loss
+
+    def poisoned(turn: Any) -> Any:
+        loss, logs = original(turn)
+        return loss * (float("nan") if trainer.step in poison else 1.0), logs
+
+    trainer.method.student_loss = poisoned  # type: ignore[method-assign]
+    poison = {1}
+    trainer.run_step()
+    before = [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    trainer.run_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.bare["student"].parameters(), strict=True))
+    trainer.run_step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.bare["student"].parameters(), strict=True))
+    trainer.save()
+    assert trainer.bad_steps.tolist() == [0, 1, 1]
+    poison = set(range(5, 100))
+    with pytest.raises(UserError, match=r"not finite for 10 steps in a row.*checkpoint step-"):
+        trainer.run()
+    assert trainer.step < 30
+    kept = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    weights = load_file(tmp_path / "run" / "checkpoints" / f"step-{kept[-1]}" / "student" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_average_moves_once_per_student_step(tmp_path: Path):
+    trainer = build(Config.model_validate(settings(tmp_path)))
+    parameters = lambda: [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    expected = parameters()
+    for step in range(1, 4):
+        trainer.run_step()
+        decay = min(0.9, step / (9 + step)) if step > 1 else 0.0
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, parameters(), strict=True)]
+    assert trainer.ema.optimization_step == 3
+    for average, value in zip(trainer.ema.shadow_params, expected, strict=True):
+        torch.testing.assert_close(average, value, rtol=1e-4, atol=1e-6)
+
+
+def test_each_turn_moves_its_own_networks_only(tmp_path: Path):
+    trainer = build(Config.model_validate(settings(tmp_path)))
+    snapshot = lambda: {name: [p.detach().clone() for p in net.parameters()] for name, net in trainer.bare.items()}
+    moved = lambda a, b: {
+        name for name in a if any(not torch.equal(x, y) for x, y in zip(a[name], b[name], strict=True))
+    }
+    start = snapshot()
+    trainer.turn("student", 0)
+    middle = snapshot()
+    trainer.turn("critic", 1)
+    assert moved(start, middle) == {"student"} and moved(middle, snapshot()) == {"critic", "discriminator"}
+    frozen = [p for module in trainer.method.frozen for p in module.parameters()]
+    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+@pytest.mark.parametrize("reuse, student_calls", [(True, 0), (False, 1)])
+def test_a_step_costs_what_the_table_says(tmp_path: Path, reuse: bool, student_calls: int):
+    """Forward passes of each network, and whether its decoder records gradients, against the docstring of
+    distill/methods/distribution_matching.py."""
+    values = settings(tmp_path, method__reuse_samples=reuse, method__gan={"width": 8})
+    trainer = build(Config.model_validate(values))
+    method: Any = trainer.method
+    networks = {
+        "student": trainer.bare["student"].denoiser.network.unet,
+        "critic": trainer.bare["critic"].network.unet,
+        "teacher": method.teacher.denoiser.network.unet,
+    }
+    calls: list[tuple[str, str, bool]] = []
+    for name, network in networks.items():
+        for part in ("conv_in", "conv_out"):
+            hook = lambda _m, _i, out, name=name, part=part: calls.append((name, part, out.requires_grad))
+            network.get_submodule(part).register_forward_hook(hook)
+    trainer.turn("student", 0)
+    assert sorted(calls) == [
+        ("critic", "conv_in", False),
+        ("critic", "conv_out", False),
+        ("student", "conv_in", True),
+        ("student", "conv_out", True),
+        ("teacher", "conv_in", True),
+        ("teacher", "conv_out", False),
+    ]
+    calls.clear()
+    trainer.turn("critic", 1)
+    assert calls.count(("student", "conv_in", False)) == student_calls
+    assert [call for call in calls if call[0] != "student"] == [
+        ("critic", "conv_in", True),
+        ("critic", "conv_out", True),
+        ("teacher", "conv_in", False),
+    ]
+
+
+def test_without_discriminator_the_teacher_records_nothing(tmp_path: Path):
+    values = settings(tmp_path, method={"kind": "diff_instruct"}, data={"kind": "conditions_only"})
+    trainer = build(Config.model_validate(values))
+    method: Any = trainer.method
+    recorded: list[bool] = []
+    method.teacher.denoiser.network.unet.conv_in.register_forward_hook(
+        lambda _m, _i, o: recorded.append(o.requires_grad)
+    )
+    trainer.run_step()
+    assert recorded == [False] and "discriminator" not in trainer.bare
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "dmd2", "diff_instruct", "f_distill"])
+def test_every_method_trains_and_exports(tmp_path: Path, kind: str):
+    values = settings(tmp_path, method={"kind": kind}, train__steps=2)
+    if kind == "pretrain":
+        values["method"] |= {"channels": [8, 32], "patch": 4}
+        del values["teacher"]
+    assert run_training(Config.model_validate(values)) == 0
+    assert (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_other_settings_do_not_continue_a_run(base: Path):
+    done = train("--config", base / "whole.yaml", "--student.lr", "0.5")
+    assert done.returncode == 2 and "student.lr 0.001 -> 0.5" in done.stderr and done.stderr.count("\n") == 1
+    longer = train("--config", base / "whole.yaml", "--train.steps", "7")
+    assert longer.returncode == 0 and checkpoint.list_steps(base / "whole" / "checkpoints")[-1] == 7
