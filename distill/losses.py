@@ -91,7 +91,7 @@ def bin_index(u: Tensor, bins: int) -> Tensor:
     return (u * bins).long().clamp(0, bins - 1)
 
 
-def bin_means(values: Tensor, u: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+def bin_sums(values: Tensor, u: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Sum and count of ``values`` (B,) in each of ``bins`` equal bins of ``u`` in [0, 1)."""
     index = bin_index(u, bins)
     zeros = torch.zeros(bins, dtype=values.dtype, device=values.device)

@@ -1,13 +1,12 @@
 """Diagnostics of a run: sums on the device, one line of metrics.jsonl at a time."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from distill.methods.base import Logs
 from distill.reduce import sum_over_processes
 
 
@@ -20,14 +19,12 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, logs: Mapping[str, Tensor]) -> None:
-        """Add detached scalars or vectors, without waiting for the device; NaN entries of a vector (empty bins) count
-        for nothing."""
+    def add(self, logs: Logs) -> None:
+        """Add detached tensors without waiting for the device; a pair is (sums, counts), as of bins."""
         for name, value in logs.items():
-            there = ~value.isnan() if value.ndim else torch.ones_like(value, dtype=torch.bool)
-            pair = torch.stack([torch.where(there, value, 0).float(), there.float()])
+            pair = torch.stack(value if isinstance(value, tuple) else (value, torch.ones_like(value))).float()
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def flush(self, step: int, skipped_steps: int, write: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.divergences import Divergence
-from distill.losses import bin_index, bin_means
+from distill.losses import bin_index, bin_sums
 from distill.reduce import sum_over_processes
 
 
@@ -45,7 +45,7 @@ class RatioWeight(nn.Module):
     def forward(self, ratio: Tensor, u: Tensor) -> Tensor:
         """Weights (B,) for ratios (B,) at noise levels ``u`` (B,) in [0, 1); updates the moving averages."""
         if self.stages[0]:
-            total, count = bin_means(ratio.float(), u, self.bins)
+            total, count = bin_sums(ratio.float(), u, self.bins)
             total, count = sum_over_processes(torch.stack([total, count]))
             batch_mean = total / count.clamp(min=1)
             moved = torch.where(self.seen > 0, self.decay * self.means + (1 - self.decay) * batch_mean, batch_mean)

@@ -15,12 +15,13 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
+        groups = max(1, width // 8)  # of 8 channels: on a 1 x 1 map a group of one channel would be a constant
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
-            nn.GroupNorm(min(8, width), width),
+            nn.GroupNorm(groups, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, stride=2, padding=1),
-            nn.GroupNorm(min(8, width), width),
+            nn.GroupNorm(groups, width),
             nn.SiLU(),
             nn.Conv2d(width, 1, 1),
         )

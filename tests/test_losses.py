@@ -500,6 +500,6 @@ def test_regression_loss_is_a_mean_over_pixels() -> None:
 
 def test_bins_of_equal_width_count_everything_once() -> None:
     values, u = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 0.249, 0.25, 0.9999999])
-    total, count = losses.bin_means(values, u, 4)
+    total, count = losses.bin_sums(values, u, 4)
     assert total.tolist() == [3.0, 4.0, 0.0, 8.0] and count.tolist() == [2.0, 1.0, 0.0, 1.0]
     assert losses.bin_index(torch.tensor([1.0]), 4).tolist() == [3]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.divergences import DIVERGENCES, alpha
-from distill.losses import bin_index, bin_means
+from distill.losses import bin_index, bin_sums
 from distill.noise_levels import Grid, LogNormal, LogUniform
 from distill.ratio import RatioWeight
 from models.process import EDM
@@ -77,7 +77,7 @@ def test_exact_logits_are_calibrated_and_stage_one_leaves_them() -> None:
     index = bin_index(u, BINS)
     error = torch.stack([r[index == k].std() / (index == k).sum() ** 0.5 for k in range(BINS)])
     assert float(error.max()) < 0.01
-    total, number = bin_means(r, u, BINS)
+    total, number = bin_sums(r, u, BINS)
     assert bool(((total / number - 1).abs() < 4.5 * error).all())
     corrected = weight(r, u)
     assert bool(((corrected / r - 1).abs() < 4.6 * error[index] + 2e-6).all())
@@ -90,7 +90,7 @@ def test_a_miscalibrated_discriminator_is_corrected_bin_by_bin() -> None:
     factor = torch.linspace(0.2, 5, BINS, dtype=torch.float64)[bin_index(u, BINS)]
     found = stage_one()(true * factor, u)
     assert float((found / true - 1).abs().max()) < 0.05
-    total, number = bin_means(found, u, BINS)
+    total, number = bin_sums(found, u, BINS)
     assert torch.allclose(total / number, torch.ones(BINS, dtype=torch.float64), atol=1e-4)
 
 

@@ -47,7 +47,7 @@ def settings(base: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
         "data": {"kind": "image_folder", "path": str(base / "pictures"), "size": 16, "channels": 1},
         "teacher": {"path": str(base / "teacher")},
         "method": {"kind": "f_distill", "critic_turns": 2, "bins": 4, "gan": {"width": 8, "r1_weight": 0.1}},
-        "student": {"lr": 1e-3, "warmup_steps": 2},
+        "student": {"lr": 1e-3, "warmup_steps": 2, "eps": 1e-3},  # eps: rounding must not decide an update's sign
         "train": {
             "steps": 6,
             "batch_size": 8,

@@ -9,7 +9,8 @@ from distill.data import Batch
 from models.condition import Condition
 from models.seeds import Draws
 
-Logs = dict[str, Tensor]
+Logs = dict[str, Tensor | tuple[Tensor, Tensor]]
+"""Detached values to average over steps and processes: a scalar each, or a pair of sums and counts per bin."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Method(Protocol):
     pictures: set[str]
 
     def student_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
-        """Scalar loss of the network "student", and detached tensors to log (scalars or vectors)."""
+        """Scalar loss of the network "student", and what to log."""
         ...
 
     def critic_loss(self, turn: Turn) -> tuple[Tensor, Logs]:

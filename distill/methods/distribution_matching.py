@@ -173,10 +173,9 @@ class DistributionMatching:
 
     # ------------------------------------------------------------------------------------------------------ common
 
-    def _binned(self, values: Tensor, u: Tensor) -> Tensor:
-        """Mean of ``values`` per noise-level bin; NaN where a bin is empty (the loop averages over what is there)."""
-        total, count = losses.bin_means(values.detach().float(), u, self.settings.bins)
-        return total / count
+    def _binned(self, values: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums and counts of ``values`` per noise-level bin."""
+        return losses.bin_sums(values.detach().float(), u, self.settings.bins)
 
     def sample(self, z: Tensor, cond: Condition) -> Tensor:
         with torch.no_grad():

@@ -1,0 +1,152 @@
+"""Pictures, streams and their positions."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill import data
+from distill.build import build_stream
+from distill.data import FASHION_MNIST_FILES, FashionMNIST, ImageFolder, ShuffledStream, to_tensor
+from distill.settings import Config
+from models.errors import UserError
+from tests.tiny import ROOT, save_pictures, settings
+
+FASHION = ROOT / "data" / "fashion-mnist"
+
+
+def test_fashion_mnist_is_what_it_should_be():
+    pictures = FashionMNIST(FASHION)
+    batch = pictures.get([0, 1, 59999])
+    assert len(pictures) == 60000 and batch.images.shape == (3, 1, 32, 32)
+    assert batch.images.min() == -1 and batch.images.max() == 1 and bool((batch.images[..., :2, :] == -1).all())
+    assert batch.cond.class_ids is not None and batch.cond.class_ids.tolist() == [9, 0, 5]
+    assert torch.bincount(pictures.labels).tolist() == [6000] * 10
+
+
+def test_fetch_verifies_and_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whole files are left alone; a broken source is noticed; with none, one line says what to do."""
+    data.fetch_fashion_mnist(FASHION)
+
+    def broken(folder: Path) -> None:
+        for name in FASHION_MNIST_FILES:
+            (folder / name).write_bytes(b"something else")
+
+    def unreachable(folder: Path) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "_from_debian", broken)
+    monkeypatch.setattr(data, "_from_torchvision", unreachable)
+    monkeypatch.setattr(unreachable, "__name__", "_from_torchvision")
+    with pytest.raises(UserError, match=r"not reachable .*put its four .gz files into"):
+        data.fetch_fashion_mnist(tmp_path)
+    with pytest.raises(UserError, match="is damaged"):
+        FashionMNIST(tmp_path)
+
+
+def test_pictures_are_cropped_at_the_centre_and_scaled():
+    image = Image.fromarray(np.tile(np.arange(48, dtype=np.uint8)[None, :] * 5, (16, 1)))
+    tensor = to_tensor(image, 16, 1)
+    assert tensor.shape == (1, 16, 16) and tensor[0, 0, 0] == pytest.approx(16 * 5 / 127.5 - 1)
+    assert to_tensor(image, 8, 3).shape == (3, 8, 8)
+
+
+def test_image_folder_classes_and_order(tmp_path: Path):
+    pictures = ImageFolder(save_pictures(tmp_path), size=16, channels=1)
+    assert len(pictures) == 24 and pictures.class_names == ["T-shirt", "trouser"]
+    batch = pictures.get([0, 23])
+    assert batch.cond.class_ids is not None and batch.cond.class_ids.tolist() == [0, 1]
+
+
+def test_shuffled_stream_covers_each_epoch_and_resumes(tmp_path: Path):
+    class Numbers:
+        shape, class_names = (1, 1, 1), ["all"]
+
+        def __len__(self) -> int:
+            return 20
+
+        def get(self, indices: list[int]) -> Any:
+            return indices
+
+    stream = ShuffledStream(Numbers(), size=8, seed=3)
+    seen: list[int] = [i for _ in range(5) for i in stream.next()]  # type: ignore[attr-defined]
+    assert sorted(seen[:20]) == list(range(20)) == sorted(seen[20:]) and seen[:20] != seen[20:]
+    resumed = ShuffledStream(Numbers(), size=8, seed=3)
+    resumed.load_state_dict({"position": 16})
+    assert [i for _ in range(3) for i in resumed.next()] == seen[16:]  # type: ignore[attr-defined]
+    halves = [ShuffledStream(Numbers(), 4, 3, rank, 2) for rank in range(2)]
+    shared = [i for _ in range(5) for half in halves for i in half.next()]  # type: ignore[attr-defined]
+    assert shared == seen
+
+
+def write_shards(folder: Path, shards: int = 3, rows: int = 4) -> Path:
+    """Webdataset shards of 8 x 8 pictures whose gray value is their number."""
+    folder.mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for row in range(rows):
+                number, buffer = shard * rows + row, io.BytesIO()
+                Image.new("L", (8, 8), number * 10).save(buffer, "PNG")
+                for suffix, content in (("png", buffer.getvalue()), ("cls", str(number % 2).encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_webdataset_through_the_same_interface_with_exact_position(tmp_path: Path, streaming: bool):
+    source = {
+        "kind": "hf_dataset",
+        "path": "webdataset",
+        "data_files": str(write_shards(tmp_path / "shards") / "*.tar"),
+        "streaming": streaming,
+        "image_column": "png",
+        "label_column": "cls",
+        "size": 8,
+        "channels": 1,
+    }
+    config = Config.model_validate(settings(tmp_path, data=source, train__batch_size=5))
+    numbers = lambda batch: [round((float(v) + 1) * 12.75) for v in batch.images[:, 0, 0, 0]]
+
+    def fresh() -> Any:
+        stream, shape, _ = build_stream(config, 0, 1)
+        assert shape == (1, 8, 8) and stream is not None
+        return stream
+
+    stream = fresh()
+    first, state = [numbers(stream.next()) for _ in range(3)], stream.state_dict()
+    rest = [numbers(stream.next()) for _ in range(4)]
+    assert sorted([number for batch in first for number in batch][:12]) == list(range(12))
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    assert [numbers(resumed.next()) for _ in range(4)] == rest
+    labels = fresh().next()
+    assert labels.cond.class_ids.tolist() == [number % 2 for number in numbers(labels)]
+
+
+def test_streams_are_split_over_processes(tmp_path: Path):
+    source = {"kind": "hf_dataset", "path": "webdataset", "data_files": str(write_shards(tmp_path / "s", 2) / "*.tar")}
+    source |= {"streaming": True, "image_column": "png", "label_column": "cls", "size": 8, "channels": 1}
+    config = Config.model_validate(settings(tmp_path, data=source, train__batch_size=8))
+    halves = []
+    for rank in range(2):
+        stream, _, _ = build_stream(config, rank, 2)
+        assert stream is not None
+        halves.append({round((float(v) + 1) * 12.75) for v in stream.next().images[:, 0, 0, 0]})
+    assert halves[0] | halves[1] == set(range(8)) and not halves[0] & halves[1]
+
+
+def test_wrong_columns_are_named(tmp_path: Path):
+    source = {"kind": "hf_dataset", "path": "webdataset", "data_files": str(write_shards(tmp_path / "w") / "*.tar")}
+    config = Config.model_validate(settings(tmp_path, data=source | {"image_column": "jpg", "label_column": "cls"}))
+    with pytest.raises(UserError, match="no column 'jpg'; it has"):
+        build_stream(config, 0, 1)
+    missing = Config.model_validate(settings(tmp_path, data={"kind": "hf_dataset", "path": str(tmp_path / "nowhere")}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_stream(missing, 0, 1)

@@ -1,0 +1,172 @@
+"""What a user gets for a mistake: one line that says what to do, exit status 2, nothing lost. And what --help shows."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from distill import train as entry
+from distill.settings import Config, parse, read_config
+from models.errors import UserError
+from tests.tiny import ROOT, settings, train, write_settings
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings")
+    write_settings(folder)
+    return folder
+
+
+def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """The one line that the entry point prints for these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    assert entry.main() == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line and not line.startswith("steps:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"student__learning_rate": 1}, "student.learning_rate: unknown key"),
+        ({"train__stepz": 1}, "train.stepz: unknown key; did you mean 'train.steps'?"),
+        ({"method__divergance": "jeffreys"}, "did you mean 'method.divergence'?"),
+        ({"method__gan__weigth": 1}, "did you mean 'method.gan.weight'?"),
+        ({"student__lr": "fast"}, "student.lr: Input should be a valid number"),
+        ({"student__lr": -1}, "student.lr: Input should be greater than 0"),
+        ({"method__kind": "fdistill"}, "method.kind: must be one of 'pretrain'"),
+        ({"method__divergence": "kl"}, "method.divergence: Input should be 'reverse_kl'"),
+        ({"data__kind": "conditions_only", "method__kind": "diff_instruct"}, "data.path: unknown key"),
+        ({"train": 3}, "train: Input should be"),
+    ],
+)
+def test_mistakes_in_the_file(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+):
+    assert message in fail(capsys, monkeypatch, "--config", write_settings(tmp_path, **changes))
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        read_config(write_settings(tmp_path, student__lr="x", train__stepz=1))
+    assert "student.lr" in str(caught.value) and "train.stepz" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train.stepz", "3"], "did you mean 'train.steps'?"),
+        (["--student.lr=fast"], "valid number"),
+        (["--train.steps"], "--train.steps has no value"),
+        (["steps", "3"], "expected --key value, found 'steps'"),
+        (
+            ["--train.batch_size", "7", "--train.gradient-accumulation-steps", "2"],
+            "train.batch_size: 7 is not a multiple",
+        ),
+        (["--teacher.path", "nowhere"], "nowhere has no model_index.json"),
+        (["--teacher.path", "embedded:nothing"], "no embedded teacher 'nothing'"),
+        (["--teacher", "null"], "teacher: missing; f_distill distils one"),
+        (["--method", "{kind: pretrain, channels: [8, 32]}"], "`pretrain` trains a teacher and takes none"),
+        (["--data", "{kind: conditions_only}"], "f_distill has a discriminator and needs pictures"),
+        (["--data.size", "8"], "pictures of shape (1, 8, 8), but the teacher"),
+        (["--method.gan.taps", "[unet.middle]"], "method.gan.taps: no block named ['unet.middle']"),
+        (["--method.regression", "{path: nowhere.safetensors}"], "nowhere.safetensors is not a file of pairs"),
+        (["--data", "{kind: fashion_mnist, path: nowhere}"], "run `make data`"),
+    ],
+)
+def test_mistakes_on_the_command_line_and_misfits(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+):
+    assert message in fail(capsys, monkeypatch, "--config", base / "run.yaml", *arguments)
+    assert not (base / "run").exists()
+
+
+def test_missing_files_and_empty_folders(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert "No such file" in fail(capsys, monkeypatch, "--config", base / "none.yaml")
+    assert "--config is missing" in fail(capsys, monkeypatch)
+    (base / "broken.yaml").write_text("a: [1,\n b")
+    assert "not valid YAML" in fail(capsys, monkeypatch, "--config", base / "broken.yaml")
+    (base / "empty").mkdir()
+    message = fail(capsys, monkeypatch, "--config", base / "run.yaml", "--data.path", base / "empty")
+    assert "no pictures (.bmp" in message
+    (base / "damaged").mkdir()
+    (base / "damaged" / "a.png").write_bytes(b"not a picture")
+    message = fail(
+        capsys, monkeypatch, "--config", base / "run.yaml", "--data.path", base / "damaged", "--output", base / "d"
+    )
+    assert "a.png is not a readable picture" in message
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path):
+    config = write_settings(tmp_path, train__steps=4)
+    assert train("--config", config).returncode == 0
+    weights = tmp_path / "run" / "checkpoints" / "step-4" / "critic" / "model.safetensors"
+    whole = weights.read_bytes()
+    files = lambda: {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for damage in (whole[: len(whole) // 2], b""):
+        weights.write_bytes(damage)
+        before = files()
+        again = train("--config", config, "--train.steps", "6")
+        assert again.returncode == 2 and again.stderr.count("error: ") == 1 and "Traceback" not in again.stderr
+        assert "step-4 is damaged" in again.stderr and "delete it to resume from step-2" in again.stderr
+        changed = {p for p, content in files().items() if before.get(p) != content}
+        assert changed <= {tmp_path / "run" / "config.yaml"}
+    for path in sorted(weights.parent.parent.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    weights.parent.parent.rmdir()
+    assert train("--config", config).returncode == 0
+
+
+def test_overrides_are_read_as_yaml(base: Path):
+    line = ["--config", str(base / "run.yaml"), "--student.lr", "1e-5", "--train.ema-decay=0.5", "--dry-run"]
+    config, dry = parse([*line, "--method.gan.taps", "[unet.mid_block, unet.down_blocks.0]"])
+    assert dry and config.student.lr == 1e-5 and config.train.ema_decay == 0.5
+    assert config.method.kind == "f_distill" and len(config.method.gan.taps) == 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_are_valid_and_say_how_they_are_run(path: Path):
+    if path.parent.name == "accelerate":
+        assert yaml.safe_load(path.read_text())["compute_environment"] == "LOCAL_MACHINE"
+        return
+    config, text = read_config(path), path.read_text()
+    assert text.startswith("# ") and f"--config {path.relative_to(ROOT)}" in text
+    assert str(config.output) == f"runs/{path.parent.name}/{path.stem}"
+    defaults = TypeAdapter(Config).validate_python(yaml.safe_load(text))
+    assert defaults == config
+
+
+def test_help_shows_the_values_of_the_file(base: Path):
+    done = train("--config", base / "run.yaml", "--help")
+    assert done.returncode == 0 and "--method.divergence" in done.stdout
+    squeezed = " ".join(done.stdout.replace("│", " ").split())
+    assert "Fraction" not in squeezed and "(default: 0.001)" in squeezed and "Peak learning rate" in squeezed
+    assert "--config FILE" in train("--help").stdout
+
+
+def test_dry_run_prints_configuration_and_estimate_and_writes_nothing(base: Path):
+    done = train("--config", base / "run.yaml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    text, _, estimate = done.stdout.partition("\n\n")
+    assert yaml.safe_load(text) == Config.model_validate(settings(base)).model_dump(mode="json")
+    numbers = yaml.safe_load(estimate)
+    assert numbers["seconds_per_student_turn"] > 0 and numbers["parameters"].keys() == {
+        "student",
+        "critic",
+        "discriminator",
+    }
+    assert not (base / "run").exists()
