@@ -1,0 +1,90 @@
+"""One-step class-conditional generation in pixel space. Needs torch and diffusers, nothing else.
+
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    images = pipe([3, 7], seeds=[0, 1]).images
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.pil_utils import numpy_to_pil
+from torch.nn import functional as F
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """A U-Net on patches, preconditioned as in EDM (Karras et al., arXiv 2206.00364, Table 1).
+
+    patch: side of the squares that are folded into channels before the U-Net and unfolded behind it
+    sigma_init: noise level of the input, ``x = sigma_init z``; one evaluation there gives the picture
+    channels, size: shape of a picture, values in [-1, 1]
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        patch: int,
+        num_classes: int,
+        channels: int,
+        size: int,
+        sigma_data: float,
+        sigma_init: float,
+        class_names: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.register_modules(unet=unet)
+        self.register_to_config(
+            patch=patch,
+            num_classes=num_classes,
+            channels=channels,
+            size=size,
+            sigma_data=sigma_data,
+            sigma_init=sigma_init,
+            class_names=list(class_names),
+        )
+
+    def denoise(self, x: torch.Tensor, sigma: float, class_labels: torch.Tensor) -> torch.Tensor:
+        """x0 for ``x`` (B, C, H, W) at noise ``sigma``; label -1 is unconditional."""
+        data, level = self.config.sigma_data, x.new_full((len(x),), sigma)
+        total = level.view(-1, 1, 1, 1) ** 2 + data**2
+        labels = torch.where(class_labels < 0, self.config.num_classes, class_labels)
+        folded = F.pixel_unshuffle(x / total.sqrt(), self.config.patch)
+        out = self.unet(folded, 250 * level.log(), class_labels=labels).sample
+        out = F.pixel_shuffle(out, self.config.patch)
+        return data**2 / total * x + sigma * data / total.sqrt() * out
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int],
+        seeds: Sequence[int] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """One picture per label.
+
+        seeds: one per picture, default 0, 1, 2, ...; picture i depends on its own seed alone
+        latents: unit noise (B, C, H, W) to use instead
+        output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [-1, 1], not clamped
+        """
+        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        if bad := [label for label in labels if not -1 <= label < self.config.num_classes]:
+            raise ValueError(f"class labels {bad} are not in -1 .. {self.config.num_classes - 1}")
+        if latents is None:
+            shape = (self.config.channels, self.config.size, self.config.size)
+            seeds = range(len(labels)) if seeds is None else seeds
+            draws = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+            latents = torch.stack(draws)
+        if len(latents) != len(labels):
+            raise ValueError(f"{len(labels)} class labels but noise for {len(latents)} pictures")
+        z = latents.to(self.unet.device, self.unet.dtype)
+        sigma = self.config.sigma_init
+        x0 = self.denoise(sigma * z, sigma, torch.tensor(labels, device=z.device))
+        if output_type == "pt":
+            images = x0
+        else:
+            array = (x0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).float().cpu().numpy()
+            images = numpy_to_pil(array) if output_type == "pil" else array
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
