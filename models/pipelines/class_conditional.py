@@ -27,13 +27,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: UNet2DModel,
-        patch: int,
-        num_classes: int,
-        channels: int,
-        size: int,
-        sigma_data: float,
-        sigma_init: float | None,
-        class_names: Sequence[str] = (),
+        # The numbers come from model_index.json; diffusers passes on only those that have a default here.
+        patch: int = 1,
+        num_classes: int = 1,
+        channels: int = 3,
+        size: int = 32,
+        sigma_data: float = 0.5,
+        sigma_init: float | None = None,
+        class_names: list[str] = [],  # noqa: B006 - diffusers reads the annotation; it is copied below
     ):
         super().__init__()
         self.register_modules(unet=unet)
