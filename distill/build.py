@@ -1,6 +1,7 @@
 """From settings to objects: the one place where the kinds of data and method are told apart."""
 
 import copy
+from typing import Any
 
 import torch
 
@@ -42,17 +43,18 @@ from models.teachers.embedded import PatchUNet, Spec
 Shape = tuple[int, int, int]
 
 
-def hf_dataset(data: HFData, rank: int, world: int) -> object:
+def hf_dataset(data: HFData, rank: int, world: int) -> Any:
     """The data set of ``data``; an iterable one is split over processes."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError("data.kind hf_dataset needs the library `datasets`: pip install -e '.[data]'") from error
     try:
-        dataset = datasets.load_dataset(
+        dataset: Any = datasets.load_dataset(
             data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if data.streaming and world > 1:
         from datasets.distributed import split_dataset_by_node

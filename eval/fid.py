@@ -115,8 +115,8 @@ def teacher_of(run: Path) -> str | None:
         raise UserError(f"{config} names no teacher under teacher.path: give it with --teacher") from error
 
 
-def load_student(folder: Path) -> tuple[Denoiser, embedded.Spec]:
-    """The denoiser in ``folder``; UserError if it cannot be read or is a teacher."""
+def load_student(folder: Path) -> tuple[Denoiser, embedded.Spec, float]:
+    """The denoiser in ``folder``, its spec, the sigma of its input; UserError if unreadable or a teacher."""
     try:
         denoiser, spec = embedded.load(folder)
     except (KeyError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -124,7 +124,7 @@ def load_student(folder: Path) -> tuple[Denoiser, embedded.Spec]:
         raise UserError(f"student {folder} cannot be read: {type(error).__name__} {reason}") from error
     if spec.sigma_init is None:
         raise UserError(f"{folder} is a teacher, not an exported student: its model_index.json has no sigma_init")
-    return denoiser, spec
+    return denoiser, spec, spec.sigma_init
 
 
 def weights_digest(folder: Path) -> str:
@@ -312,10 +312,10 @@ def evaluate(
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device} is not available here: leave --device out, or give cpu") from error
-    denoiser, spec = load_student(student)
+    denoiser, spec, sigma_init = load_student(student)
     judge, reference = load_extractor(extractor, place), load_reference(extractor)
     rules = protocol(judge, reference, n, seed, spec.num_classes)
-    one_step = Sampler.student(OneStepStudent(denoiser.to(place), float(spec.sigma_init)).eval())
+    one_step = Sampler.student(OneStepStudent(denoiser.to(place), sigma_init).eval())
 
     sources: list[tuple[Sampler, TeacherScores | None]] = [(one_step, None)]
     provenance: dict[str, Any] = {"student": str(student), "student_weights_sha256": weights_digest(student)}

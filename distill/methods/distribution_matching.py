@@ -137,7 +137,7 @@ class DistributionMatching:
         x_t = self.process.add_noise(x0, noise, t)
         predicted = self.networks["critic"](x_t, t, cond)
         score = losses.denoising_loss(predicted, x0, self.process.ratio(t), self.sigma_data).mean()
-        logs = {"critic_loss": score.detach()}
+        logs: Logs = {"critic_loss": score.detach()}
         if self.gan is None or turn.real is None:
             return score, logs
 
