@@ -133,7 +133,7 @@ class Train(Schema):
     seed: int = Field(default=0, ge=0)
     """Seed of everything."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the student's moving average per student step, warmed up as (1 + n) / (10 + n)."""
+    """Decay of the student's moving average per student step, warmed up as 1 - (1 + n)^-0.75."""
     log_every: int = Field(default=20, gt=0)
     """Student steps between two lines of metrics.jsonl (each is a mean over them)."""
     sample_every: int = Field(default=500, gt=0)

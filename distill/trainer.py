@@ -55,7 +55,9 @@ class Trainer:
                 self.wrapped[name].compile()
         for module in [*method.buffers.values(), *method.frozen]:
             module.to(device)
-        self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=True)
+        # At step n the average reaches back about n^0.75 steps, until ema_decay is reached.
+        schedule = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+        self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=True, **schedule)
         self.metrics = Metrics(config.output / "metrics.jsonl")
         self.preview = Preview(config.output / "samples", spec, config.evaluation.teacher_steps, device)
         self.bad_steps = torch.zeros(3, device=device)

@@ -187,7 +187,7 @@ def test_average_moves_once_per_student_step(tmp_path: Path):
     expected = parameters()
     for step in range(1, 4):
         trainer.run_step()
-        decay = min(0.9, step / (9 + step)) if step > 1 else 0.0
+        decay = min(0.9, 1 - step**-0.75)  # n = step - 1 updates before this one
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, parameters(), strict=True)]
     assert trainer.ema.optimization_step == 3
     for average, value in zip(trainer.ema.shadow_params, expected, strict=True):
