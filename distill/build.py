@@ -141,7 +141,7 @@ def _matching(config: Config, settings: DistributionSettings, shape: Shape | Non
         ratio = RatioWeight(divergence, settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
     pairs = Pairs(settings.regression.path, expected, settings.regression.every) if settings.regression else None
     start = denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64))
-    student = OneStepStudent(copy.deepcopy(denoiser), float(start))
+    student = OneStepStudent(copy.deepcopy(denoiser), float(start), settings.clip_samples)
     critic = copy.deepcopy(denoiser)
     teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
     conditions = Classes(spec.num_classes)

@@ -204,6 +204,8 @@ class Matching(Schema):
 
     sigma_init: float = Field(default=2.5, gt=0)
     """Noise level sigma / alpha of the student's input."""
+    clip_samples: bool = False
+    """The student's samples are pictures in [-1, 1]: clip them before they are judged. Not for latents."""
     critic_turns: int = Field(default=3, gt=0)
     """Critic turns per student turn."""
     reuse_samples: bool = True

@@ -125,7 +125,7 @@ class Trainer:
         real = None
         if kind in self.method.pictures and self.stream is not None:
             real = self.stream.next().to(accelerator.device)
-        return Turn(Draws(seeds, accelerator.device), real)
+        return Turn(micro, Draws(seeds, accelerator.device), real)
 
     def _update(self, names: list[str], loss: Tensor) -> Tensor:
         """Clip and step each network of the turn. What is not finite changes nothing; no wait for the device."""

@@ -1,7 +1,7 @@
 """The one-step student and its one-to-four-step sampler; the many-step sampler of its teacher."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,43 @@ class Denoises(Protocol):
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
 
 
+class _Clip(torch.autograd.Function):
+    """``clamp(x, -1, 1)`` that lets a gradient through where it leads back into the range."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outwards = ((x > 1) & (grad < 0)) | ((x < -1) & (grad > 0))  # a descent goes against the gradient
+        return grad.masked_fill(outwards, 0)
+
+
 class OneStepStudent(nn.Module):
     """``x0 = denoise(sigma(t_init) z, t_init, cond)`` with ``z ~ N(0, I)``.
 
     ``t_init`` need not be the process's last time: a lower one (EDM: sigma 2.5 instead of 80, as in SiD, arXiv
     2404.04057) starts the student nearer to its goal.
+
+    ``clip``: samples are pictures in [-1, 1] and are clipped to it, as a viewer will. Half of the noise that one step
+    leaves on a black background then vanishes, and the student can hide the other half by aiming below black.
     """
 
-    def __init__(self, denoiser: Denoiser, t_init: float):
+    def __init__(self, denoiser: Denoiser, t_init: float, clip: bool = False):
         super().__init__()
-        self.denoiser, self.t_init = denoiser, t_init
+        self.denoiser, self.t_init, self.clip = denoiser, t_init, clip
 
     def forward(self, z: Tensor, cond: Condition) -> Tensor:
         """Noise ``z`` (B, C, H, W) to samples of the same shape."""
         t = torch.full((len(z),), self.t_init, dtype=torch.float32, device=z.device)
-        return self.denoiser.denoise(expand_to(self.denoiser.process.sigma(t), z) * z, t, cond)
+        return self._denoise(expand_to(self.denoiser.process.sigma(t), z) * z, t, cond)
+
+    def _denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        x0 = self.denoiser.denoise(x_t, t, cond)
+        return _Clip.apply(x0) if self.clip else x0  # type: ignore[no-any-return]
 
     def generate(
         self, z: Tensor, cond: Condition, times: Sequence[float] = (), noise: Callable[[], Tensor] | None = None
@@ -49,7 +71,7 @@ class OneStepStudent(nn.Module):
         for time in times:
             t = torch.full((len(z),), time, dtype=torch.float32, device=z.device)
             fresh = noise() if noise else torch.randn_like(z)
-            x0 = self.denoiser.denoise(self.denoiser.process.add_noise(x0, fresh, t), t, cond)
+            x0 = self._denoise(self.denoiser.process.add_noise(x0, fresh, t), t, cond)
         return x0
 
 

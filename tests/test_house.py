@@ -38,10 +38,10 @@ def test_imports_point_one_way(room: str):
 
 def test_no_script_shadows_a_module():
     """`accelerate launch distill/train.py` puts distill/ first on the path."""
-    installed = {name for names in importlib.metadata.packages_distributions() for name in [names]} - set(ROOMS)
+    installed = set(importlib.metadata.packages_distributions()) - set(ROOMS)
     taken = installed | set(sys.stdlib_module_names)
     for room in ("distill", "eval", "app"):
-        stems = {p.stem if p.is_file() else p.name for p in (ROOT / room).iterdir()} - {"__init__", "__main__"}
+        stems = {p.stem if p.is_file() else p.name for p in (ROOT / room).glob("*")} - {"__init__", "__main__"}
         assert not stems & taken, f"{room}: {stems & taken}"
 
 

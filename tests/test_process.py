@@ -368,3 +368,15 @@ def test_the_student_scales_its_noise_by_its_processs_sigma() -> None:
         sigma = process.sigma(torch.tensor([0.9, 0.9])).reshape(2, 1, 1, 1)
         assert torch.allclose(network.seen[0][0], sigma)
         assert network.seen[0][1].dtype == torch.float32
+
+
+def test_clipped_samples_take_the_gradient_that_leads_back() -> None:
+    """Above 1 only a gradient that lowers the sample passes, below -1 only one that raises it; inside all do."""
+    offset = torch.nn.Parameter(torch.tensor([-1.5, -1.5, -1.0, 0.3, 1.0, 1.5, 1.5]).view(7, 1, 1, 1))
+    denoiser = Denoiser(lambda x, t, cond: 0 * x + offset, RectifiedFlow(), "x0")  # type: ignore[arg-type]
+    z, push = torch.zeros(7, 1, 1, 1), torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0]).view(7, 1, 1, 1)
+    x0 = OneStepStudent(denoiser, 0.9, clip=True)(z, Condition())
+    assert x0.flatten().tolist() == pytest.approx([-1, -1, -1, 0.3, 1, 1, 1])
+    (x0 * push).sum().backward()
+    assert offset.grad is not None and offset.grad.flatten().tolist() == [0, -1, 1, 1, -1, 1, 0]
+    assert OneStepStudent(denoiser, 0.9)(z, Condition()).flatten()[0] == -1.5

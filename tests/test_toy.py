@@ -141,9 +141,9 @@ def train(settings: DiffInstruct | FDistill, seed: int) -> DistributionMatching:
             optimizer.zero_grad()
             if index:
                 real = Batch(pictures(MODES, generator), cond) if "critic" in method.pictures else None
-                loss, _ = method.critic_loss(Turn(draws, real))
+                loss, _ = method.critic_loss(Turn(0, draws, real))
             else:
-                loss, _ = method.student_loss(Turn(draws, None))
+                loss, _ = method.student_loss(Turn(0, draws, None))
             loss.backward()
             optimizer.step()
     return method

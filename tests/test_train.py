@@ -124,9 +124,10 @@ def test_two_processes_agree_with_one(base: Path):
     assert lines[0]["ratio"] == pytest.approx(lines[1]["ratio"], rel=1e-4)
 
 
-def test_gradient_accumulation_is_one_batch(tmp_path: Path):
+@pytest.mark.parametrize("reuse", [False, True])
+def test_gradient_accumulation_is_one_batch(tmp_path: Path, reuse: bool):
     """Two micro-batches of a run without batch statistics give the gradient of one batch."""
-    method = {"kind": "diff_instruct", "critic_turns": 1, "reuse_samples": False}
+    method = {"kind": "diff_instruct", "critic_turns": 1, "reuse_samples": reuse}
     runs = {}
     for parts in (1, 2):
         values = settings(tmp_path, f"acc{parts}", method=method, train__gradient_accumulation_steps=parts)

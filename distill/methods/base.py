@@ -15,8 +15,9 @@ Logs = dict[str, Tensor | tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One micro-batch of one turn: its own random numbers, and pictures if the method asked for them."""
+    """One micro-batch of one turn: its number, random numbers of its own, and pictures if the method asked for them."""
 
+    micro: int
     draws: Draws
     real: Batch | None
 

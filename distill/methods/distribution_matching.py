@@ -65,7 +65,7 @@ class DistributionMatching:
         self.critic_turns = settings.critic_turns
         self.pictures = {"critic"} if discriminator is not None else set()
         self.student, self.process, self.sigma_data = student, teacher.process, critic.sigma_data
-        self._last: tuple[Tensor, Condition] | None = None
+        self._samples: dict[int, tuple[Tensor, Condition]] = {}
 
     # ------------------------------------------------------------------------------------------------ student turn
 
@@ -76,7 +76,7 @@ class DistributionMatching:
         u = draws.uniform()
         noise = draws.normal(*self.shape)
         x0, regression = self._student_samples(z, cond, turn)
-        self._last = (x0.detach(), cond)
+        self._samples[turn.micro] = (x0.detach(), cond)
 
         t = settings.noise_levels.times(u, self.process)
         x_t = self.process.add_noise(x0, noise, t)
@@ -165,8 +165,8 @@ class DistributionMatching:
 
     def _fakes(self, turn: Turn) -> tuple[Tensor, Condition]:
         """The student's samples of this step, or new ones."""
-        if self.settings.reuse_samples and self._last is not None:
-            return self._last
+        if self.settings.reuse_samples:
+            return self._samples[turn.micro]
         cond = self.conditions.sample(turn.draws)
         with torch.no_grad():
             return self.networks["student"](turn.draws.normal(*self.shape), cond), cond

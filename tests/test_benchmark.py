@@ -1,0 +1,32 @@
+"""The benchmark's table, on a tiny network. What it measures depends on the machine; that it measures does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, environment, settings
+
+
+@pytest.mark.parametrize("step, turns", [("f_distill", 2), ("pretrain", 0)])
+def test_the_table_has_a_line_for_each_batch(tmp_path: Path, step: str, turns: int):
+    values = settings(tmp_path)["data"]
+    data = "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+    line = [sys.executable, "-m", "eval.benchmark", "--step", step, "--teacher", str(tmp_path / "teacher")]
+    line += ["--batch", "2", "4", "--data", data]
+    if step == "pretrain":
+        line += ["--set", "method.channels=[8,32]"]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [row.split() for row in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["2", "4"]
+    for _, student, critic, _, rate, peak, *_ in rows:
+        assert float(student) > 0 and float(rate) > 0 and float(peak) > 0.05
+        assert (float(critic) > 0) == (turns > 0)
+
+
+def test_a_mistake_is_one_line(tmp_path: Path):
+    line = [sys.executable, "-m", "eval.benchmark", "--teacher", str(tmp_path / "nowhere")]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
