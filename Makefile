@@ -7,6 +7,7 @@ RUN ?= runs/fashion_mnist/quickstart
 # Threads that wait for work must not spin: beside a busy neighbour they made training 12 to 19 times slower.
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
+export GOMP_SPINCOUNT := 1000
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart test data lint clean

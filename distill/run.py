@@ -1,6 +1,7 @@
 """One run from its configuration: build, resume, train, export, score."""
 
 import json
+import os
 import sys
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from models.teachers.embedded import PatchUNet
 
 FREE_KEYS = {"output", "evaluation"} | {
     f"train.{name}"
-    for name in ("steps", "log_every", "sample_every", "checkpoint_every", "checkpoints_total_limit", "trackers")
+    for name in ("steps", "cpu_threads", "log_every", "sample_every", "checkpoint_every", "checkpoints_total_limit", "trackers")
 }
 """What may change between the start of a run and its resumption."""
 
@@ -34,6 +35,10 @@ def build(config: Config) -> Trainer:
         project_dir=str(config.output),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.device.type == "cpu":  # accelerate launch leaves each process one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.cpu_threads or max(1, share))
     shares = accelerator.num_processes * config.train.gradient_accumulation_steps
     if config.train.batch_size % shares:
         raise UserError(

@@ -130,6 +130,8 @@ class Train(Schema):
     """Memory layout of the convolutions' weights."""
     compile: bool = False
     """torch.compile every network."""
+    cpu_threads: int | None = Field(default=None, gt=0)
+    """Threads of each process on a CPU; null: the machine's cores shared by its processes."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)

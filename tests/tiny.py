@@ -50,6 +50,7 @@ def settings(base: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
         "student": {"lr": 1e-3, "warmup_steps": 2, "eps": 1e-3},  # eps: rounding must not decide an update's sign
         "train": {
             "steps": 6,
+            "cpu_threads": 1,
             "batch_size": 8,
             "log_every": 2,
             "sample_every": 100,
