@@ -1,10 +1,13 @@
 """From settings to objects: the one place where the kinds of data and method are told apart."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from distill import checkpoint, rows
 from distill.data import (
     Classes,
     FashionMNIST,
@@ -14,23 +17,34 @@ from distill.data import (
     ShuffledStream,
     Stream,
     StreamedPictures,
+    Subset,
 )
-from distill.divergences import DIVERGENCES, alpha
+from distill.divergences import DIVERGENCES, Divergence, alpha
 from distill.methods.base import Method
-from distill.methods.distribution_matching import DistributionMatching, DistributionSettings
+from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.pretrain import Pretraining
 from distill.pairs import Pairs
-from distill.ratio import RatioWeight
+from distill.ratio import Ratio
 from distill.settings import (
     DMD2,
+    GAN,
+    SDS,
+    SIM,
     ConditionsOnly,
     Config,
     DiffInstruct,
+    DivergenceMatching,
     FashionMNISTData,
     FDistill,
     HFData,
     ImageFolderData,
+    MatchingMethod,
+    MultiStudent,
     Pretrain,
+    ScoreMatching,
+    SiD,
+    SiDA,
+    UniInstruct,
 )
 from models.denoiser import Denoiser, Guided
 from models.discriminator import Discriminator, feature_channels
@@ -63,6 +77,12 @@ def hf_dataset(data: HFData, rank: int, world: int) -> Any:
     return dataset
 
 
+def _of_classes(classes: list[int], column: str | None) -> Callable[[dict[str, Any]], bool]:
+    """Whether a row of a streamed data set is of these classes."""
+    allowed = set(classes)
+    return lambda row: (int(row[column]) if column else 0) in allowed
+
+
 def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, Shape | None, list[str]]:
     """Supply of pictures, their shape (C, H, W) and class names; None, None and [] without pictures."""
     data, seed = config.data, config.train.seed
@@ -77,6 +97,8 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             dataset = hf_dataset(data, rank, world)
             rows = HFPictures(dataset, data.size, data.channels, data.image_column, data.label_column)
             if data.streaming:
+                if config.classes is not None:
+                    dataset = dataset.filter(_of_classes(config.classes, data.label_column))
                 stream = StreamedPictures(dataset, size, rows.shape, data.image_column, data.label_column)
                 return stream, rows.shape, rows.class_names
             pictures = rows
@@ -84,6 +106,8 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             return None, None, []
     if len(pictures) == 0:
         raise UserError(f"data: no pictures in {data}")
+    if config.classes is not None:
+        pictures = Subset(pictures, config.classes)
     return ShuffledStream(pictures, size, seed, rank, world), pictures.shape, pictures.class_names
 
 
@@ -93,9 +117,13 @@ def build_method(config: Config, shape: Shape | None, class_names: list[str]) ->
     UserError where settings, teacher and data do not fit each other.
     """
     match config.method:
+        case MultiStudent():
+            raise ValueError("multi_student is a plan of runs, not one run")
+        case ScoreMatching():
+            return _score_matching(config, config.method, shape)
         case Pretrain():
             return _pretraining(config, config.method, shape, class_names)
-        case DMD2() | DiffInstruct() | FDistill():
+        case _:
             return _matching(config, config.method, shape)
 
 
@@ -108,45 +136,125 @@ def _pretraining(
         )
     if shape is None:
         raise UserError("data.kind: `pretrain` needs pictures, conditions_only has none")
-    channels, size, _ = shape
+    spec = Spec(settings.patch, len(class_names), shape[0], shape[1], settings.sigma_data, None, class_names)
+    return Pretraining(settings, _new_denoiser(settings, spec)), spec
+
+
+def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
+    """With random weights."""
     levels = settings.patch * 2 ** (len(settings.channels) - 1)
-    if size % levels:
-        raise UserError(f"data: side {size} is not a multiple of {levels} = method.patch x 2^(levels - 1)")
-    network = PatchUNet.create(channels, size, len(class_names), settings.channels, settings.patch, settings.layers)
-    process = EDM()
-    spec = Spec(settings.patch, len(class_names), channels, size, settings.sigma_data, None, class_names)
-    return Pretraining(settings, Denoiser(network, process, "edm", settings.sigma_data)), spec
+    if spec.size % levels:
+        raise UserError(f"data: side {spec.size} is not a multiple of {levels} = method.patch x 2^(levels - 1)")
+    network = PatchUNet.create(
+        spec.channels, spec.size, spec.num_classes, settings.channels, settings.patch, settings.layers
+    )
+    return Denoiser(network, EDM(), "edm", spec.sigma_data)
 
 
-def _matching(config: Config, settings: DistributionSettings, shape: Shape | None) -> tuple[Method, Spec]:
+def _teacher(config: Config, shape: Shape | None) -> tuple[Denoiser, Spec]:
+    """The teacher's denoiser; UserError if there is none, or if it makes other pictures than the data's."""
     if config.teacher is None:
         raise UserError(
-            f"teacher: missing; {settings.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
+            f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(config.teacher.path)
     expected = (spec.channels, spec.size, spec.size)
     if shape is not None and shape != expected:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {config.teacher.path} makes {expected}")
-    discriminator = ratio = None
-    if not isinstance(settings, DiffInstruct):
+    if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
+        raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
+    return denoiser, spec
+
+
+def _score_matching(config: Config, settings: ScoreMatching, shape: Shape | None) -> tuple[Method, Spec]:
+    denoiser, spec = _teacher(config, shape)
+    assert config.teacher is not None
+    if shape is None:
+        raise UserError("data.kind: `score_matching` needs pictures, conditions_only has none")
+    settings = settings.model_copy(update={"sigma_data": spec.sigma_data})
+    spec = replace(spec, patch=settings.patch)
+    teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
+    return Pretraining(settings, _new_denoiser(settings, spec), teacher), spec
+
+
+def _divergence(settings: DivergenceMatching) -> Divergence:
+    return alpha(settings.order) if settings.divergence == "alpha" else DIVERGENCES[settings.divergence]
+
+
+def build_row(settings: MatchingMethod) -> rows.Row:
+    """The method's row of the table."""
+    match settings:
+        case SDS():
+            return rows.sds()
+        case DiffInstruct() | DMD2():
+            return rows.reverse_kl()
+        case FDistill():
+            return rows.f_distill(_divergence(settings))
+        case SIM():
+            return rows.sim(settings.huber)
+        case SiD() | SiDA():
+            return rows.sid(settings.alpha)
+        case UniInstruct():
+            return rows.uni_instruct(_divergence(settings))
+
+
+def build_ratio(settings: MatchingMethod) -> Ratio | None:
+    """The density ratio's part, for rows with a divergence other than reverse KL."""
+    if not isinstance(settings, DivergenceMatching) or settings.divergence == "reverse_kl":
+        return None
+    stages = (settings.normalize_ratio, settings.normalize_weight)
+    return Ratio(_divergence(settings), settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
+
+
+def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Denoiser, Spec, Denoiser]:
+    """The student's network and spec at step 0, and the critic's network."""
+    critic = copy.deepcopy(teacher)
+    if settings.start is None:
+        return copy.deepcopy(teacher), spec, critic
+    run = settings.start if (settings.start / "student").is_dir() else None
+    denoiser, own = load(settings.start / "student" if run else settings.start)
+    if (own.channels, own.size, own.num_classes) != (spec.channels, spec.size, spec.num_classes):
+        raise UserError(
+            f"method.start: {settings.start} makes {own.channels} x {own.size} x {own.size} of {own.num_classes} "
+            f"classes, the teacher {spec.channels} x {spec.size} x {spec.size} of {spec.num_classes}"
+        )
+    if run and (weights := checkpoint.newest(run / "checkpoints", "critic")):
+        critic.load_state_dict(weights)
+    return denoiser.train(), own, critic
+
+
+def _matching(config: Config, settings: MatchingMethod, shape: Shape | None) -> tuple[Method, Spec]:
+    denoiser, spec = _teacher(config, shape)
+    assert config.teacher is not None
+    expected = (spec.channels, spec.size, spec.size)
+    gan: GAN | None = getattr(settings, "gan", None)
+    ratio = build_ratio(settings)
+    if ratio is not None and gan is None:
+        raise UserError("method.gan: a divergence other than reverse_kl needs the discriminator's density ratio")
+    discriminator = None
+    if gan is not None:
         if shape is None:
             raise UserError(
                 f"data.kind: {settings.kind} has a discriminator and needs pictures; conditions_only has none"
             )
-        widths = feature_channels(denoiser, settings.gan.taps, expected)
-        discriminator = Discriminator(widths, settings.gan.width)
-    if isinstance(settings, FDistill):
-        divergence = alpha(settings.order) if settings.divergence == "alpha" else DIVERGENCES[settings.divergence]
-        stages = (settings.normalize_ratio, settings.normalize_weight)
-        ratio = RatioWeight(divergence, settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
+        discriminator = Discriminator(feature_channels(denoiser, gan.taps, expected), gan.width)
     pairs = Pairs(settings.regression.path, expected, settings.regression.every) if settings.regression else None
     start = denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64))
-    student = OneStepStudent(copy.deepcopy(denoiser), float(start), settings.clip_samples)
-    critic = copy.deepcopy(denoiser)
+    network, spec, critic = _start(settings, denoiser, spec)
+    student = OneStepStudent(network, float(start), settings.clip_samples)
+    row = build_row(settings)
     teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
-    conditions = Classes(spec.num_classes)
-    spec = Spec(**{**spec.__dict__, "sigma_init": settings.sigma_init})
-    return (
-        DistributionMatching(settings, teacher, student, critic, conditions, expected, discriminator, ratio, pairs),
-        spec,
+    conditions = Classes(spec.num_classes, config.classes)
+    method = DistributionMatching(
+        settings,
+        row,
+        teacher,
+        student,
+        critic if row.critic else None,
+        conditions,
+        expected,
+        discriminator,
+        ratio,
+        pairs,
     )
+    return method, replace(spec, sigma_init=settings.sigma_init)

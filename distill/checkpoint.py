@@ -6,7 +6,6 @@
 Frozen networks are never written. ``.pt`` files hold tensors and plain containers and are read with ``weights_only``.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -21,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from models.errors import UserError
+from models.folders import replace_folder
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -29,23 +29,11 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
 
 
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Put ``temporary`` in the place of ``target``; at no moment is neither of them there in full."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def newest(folder: Path, network: str) -> dict[str, torch.Tensor] | None:
+    """Weights of one network in the newest checkpoint of a run; None if there are none."""
+    steps = list_steps(folder)
+    path = folder / f"step-{steps[-1]}" / network / "model.safetensors" if steps else None
+    return load_file(path) if path and path.is_file() else None
 
 
 def save(
@@ -58,17 +46,14 @@ def save(
     keep: int,
 ) -> None:
     """Write ``folder/step-N`` through a temporary folder, then remove all but the ``keep`` newest."""
-    temporary = folder / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, network in networks.items():
-        (temporary / name).mkdir(parents=True)
-        tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(tensors, temporary / name / "model.safetensors")
-        torch.save(optimizers[name].state_dict(), temporary / name / "optimizer.pt")
-    save_file(ema, temporary / "student" / "ema.safetensors")
-    torch.save(state, temporary / "state.pt")
-    _sync(temporary)
-    replace_folder(temporary, folder / f"step-{step}")
+    with replace_folder(folder / f"step-{step}") as temporary:
+        for name, network in networks.items():
+            (temporary / name).mkdir()
+            tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+            save_file(tensors, temporary / name / "model.safetensors")
+            torch.save(optimizers[name].state_dict(), temporary / name / "optimizer.pt")
+        save_file(ema, temporary / "student" / "ema.safetensors")
+        torch.save(state, temporary / "state.pt")
     for old in list_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old}")
 

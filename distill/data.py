@@ -34,10 +34,16 @@ class Batch:
 
 
 class Pictures(Protocol):
-    """A set of pictures that can be indexed. ``shape`` is (C, H, W); ``class_names`` in the order of their ids."""
+    """A set of pictures that can be indexed. ``shape`` is (C, H, W); ``class_names`` in the order of their ids.
+
+    ``labels`` (N,) are the class ids of all.
+    """
 
     shape: tuple[int, int, int]
     class_names: list[str]
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -52,6 +58,26 @@ class Stream(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Subset:
+    """The pictures of some classes; names and ids stay."""
+
+    def __init__(self, pictures: Pictures, classes: list[int]):
+        self.pictures, self.shape, self.class_names = pictures, pictures.shape, pictures.class_names
+        self.indices = torch.isin(pictures.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        if len(self.indices) == 0:
+            raise UserError(f"classes: no picture is of {classes}; there are classes 0 to {len(self.class_names) - 1}")
+
+    @property
+    def labels(self) -> Tensor:
+        return self.pictures.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def get(self, indices: list[int]) -> Batch:
+        return self.pictures.get(self.indices[indices].tolist())
 
 
 # ---------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -130,13 +156,17 @@ class FashionMNIST:
             raise UserError(f"{folder} is damaged ({error}): delete it and run `make data`") from error
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
         self.pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))).unsqueeze(1)
-        self.labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
+        self._labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
+
+    @property
+    def labels(self) -> Tensor:
+        return self._labels
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def get(self, indices: list[int]) -> Batch:
-        return Batch(self.pixels[indices].float() / 127.5 - 1, Condition(class_ids=self.labels[indices]))
+        return Batch(self.pixels[indices].float() / 127.5 - 1, Condition(class_ids=self._labels[indices]))
 
 
 # ------------------------------------------------------------------------------- image folders and HF datasets
@@ -176,6 +206,10 @@ class ImageFolder:
         self.shape, self.class_names = (channels, size, size), names or [folder.name]
         self._pool = ThreadPoolExecutor(workers)
 
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([label for _, label in self.files])
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -208,6 +242,11 @@ class HFPictures:
         self.class_names = _columns(dataset.features, image_column, label_column)
         self.dataset, self.image, self.label = dataset, image_column, label_column
         self.shape = (channels, size, size)
+
+    @property
+    def labels(self) -> Tensor:
+        values = self.dataset[self.label] if self.label else [0] * len(self.dataset)
+        return torch.tensor([int(value) for value in values])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -312,14 +351,15 @@ class StreamedPictures:
 
 
 class Classes:
-    """Conditions alone: classes drawn uniformly."""
+    """Conditions alone: classes drawn uniformly, of all ``count`` or of ``only``."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, only: list[int] | None = None):
+        self.ids = torch.tensor(range(count) if only is None else only)
 
     def sample(self, draws: Draws) -> Condition:
         """One condition for each row of ``draws``."""
-        return Condition(class_ids=(draws.uniform() * self.count).long().clamp(max=self.count - 1))
+        index = (draws.uniform() * len(self.ids)).long().clamp(max=len(self.ids) - 1)
+        return Condition(class_ids=self.ids.to(index.device)[index])
 
 
 if __name__ == "__main__":

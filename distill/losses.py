@@ -31,15 +31,14 @@ def score_surrogate(
 
         w c [ k0 <sg(Delta), x_t> + k1 |Delta|^2 - k2 <Delta, e> ]
 
-    with ``Delta = s_p - s_q = (a / sigma^2)(critic_x0 - teacher_x0)`` and ``e = (a / sigma^2)(critic_x0 - x0)``.
-    DMD2, Diff-Instruct, VSD: k = (1, 0, 0); f-distill: (h(r), 0, 0) (arXiv 2502.15681, Eq. 8); SIM, SiD and
-    Uni-Instruct use k1 and k2. With ``w`` the time weight of the objective, ``normalizer="none"`` and exact networks
-    the mean over samples has the gradient of ``w D_f(q_t || p_t)``.
+    with ``Delta = s_p - s_q = (a / sigma^2)(critic_x0 - teacher_x0)`` and ``e = (a / sigma^2)(critic_x0 - x0)``; the
+    k's of each method are in ``distill.rows``. With ``w`` the time weight of the objective, ``normalizer="none"`` and
+    exact networks the mean over samples has the gradient of the row's objective.
 
     x0:          (B, ...) student samples, carry the gradient
     teacher_x0:  (B, ...) the teacher's denoising of x_t; detached by the caller unless k1 or k2 is used
     critic_x0:   (B, ...) the fake score's denoising of x_t; likewise
-    alpha, sigma, k0, k1, k2, weight: (B,) or numbers, detached by the caller
+    alpha, sigma, k0, k1, k2, weight: (B,) or numbers; detached by the caller unless they belong to the objective
     normalizer:  "dmd" divides by ``sum |x0 - teacher_x0|`` (DMD, arXiv 2311.18828, Eq. 8, summed over pixels); with it
                  the fixed point p = q stays but the objective is no longer a divergence
     """
@@ -52,6 +51,14 @@ def score_surrogate(
         distance = (x0 - teacher_x0).detach().abs()
         value = value / (per_sample(distance) + 1e-6 * distance[0].numel())
     return weight * value
+
+
+def score_products(
+    x0: Tensor, teacher_x0: Tensor, critic_x0: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``|Delta|^2`` and ``<Delta, e>`` (B,) of :func:`score_surrogate`, with their gradients."""
+    delta, scale = critic_x0 - teacher_x0, (alpha / sigma**2) ** 2
+    return scale * per_sample(delta**2), scale * per_sample(delta * (critic_x0 - x0))
 
 
 def denoising_loss(predicted_x0: Tensor, x0: Tensor, ratio: Tensor, sigma_data: float) -> Tensor:

@@ -56,3 +56,17 @@ class LogUniform(Schema):
 
 
 NoiseLevels = Annotated[Grid | LogNormal | LogUniform, Field(discriminator="kind")]
+
+
+def half_g2(levels: Grid | LogNormal | LogUniform, u: Tensor, process: Process) -> Tensor:
+    """Uni-Instruct's time weight (B,) for noise levels drawn by ``u``: its mean over u ~ U(0, 1) is ``int g^2/2 dt``.
+
+    For every process ``g^2/2 dt = alpha^2 rho d rho`` with ``rho = sigma / alpha``, so the weight is ``alpha^2 rho
+    d rho / du``; 0 where the levels are clamped. Few draws carry most of it unless log rho is drawn uniformly.
+    """
+    with torch.enable_grad():
+        v = u.detach().double().requires_grad_()
+        t = levels.times(v, process)
+        rho = process.ratio(t)
+        (slope,) = torch.autograd.grad(rho.sum(), v)
+    return (process.alpha(t) ** 2 * rho * slope).detach().to(u.dtype)

@@ -1,4 +1,4 @@
-"""The density ratio ``r = q_t / p_t`` from a discriminator's logits; the weight ``h(r)`` normalised in two stages."""
+"""The density ratio ``r = q_t / p_t`` from a discriminator's logits, and the two stages that normalise ``h(r)``."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ from distill.losses import bin_index, bin_sums
 from distill.reduce import sum_over_processes
 
 
-class RatioWeight(nn.Module):
-    """``h(r)`` for f-distill (arXiv 2502.15681, Sec. 4.2 and Appendix), per sample and without gradient.
+class Ratio(nn.Module):
+    """r and the scale of ``h(r)``, without gradient (f-distill, arXiv 2502.15681, Sec. 4.2 and Appendix).
 
     ``r = exp(logit)`` with the logit clamped to +-10 and r to ``clip``. Stage 1 divides r by its moving average within
     the bin of its noise level: ``E_p[r] = 1`` at every t, so this only removes the discriminator's miscalibration.
@@ -42,8 +42,11 @@ class RatioWeight(nn.Module):
         return logit.clamp(-10, 10).exp().clamp(*self.clip)
 
     @torch.no_grad()
-    def forward(self, ratio: Tensor, u: Tensor) -> Tensor:
-        """Weights (B,) for ratios (B,) at noise levels ``u`` (B,) in [0, 1); updates the moving averages."""
+    def forward(self, ratio: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 1 and stage 2 for ratios (B,) at noise levels ``u`` (B,) in [0, 1); updates the moving averages.
+
+        Returns the calibrated ratio (B,) and the mean of h over the batch (scalar), by which a row's k's are divided.
+        """
         if self.stages[0]:
             total, count = bin_sums(ratio.float(), u, self.bins)
             total, count = sum_over_processes(torch.stack([total, count]))
@@ -52,8 +55,8 @@ class RatioWeight(nn.Module):
             self.means.copy_(torch.where(count > 0, moved, self.means))
             self.seen.copy_(torch.maximum(self.seen, (count > 0).to(self.seen)))
             ratio = ratio / (self.means[bin_index(u, self.bins)].to(ratio) + 1e-6)
+        if not self.stages[1]:
+            return ratio, ratio.new_ones(())
         h = self.divergence.h(ratio)
-        if self.stages[1]:
-            total, count = sum_over_processes(torch.stack([h.sum(), torch.full_like(h.sum(), len(h))]))
-            h = h / (total / count + 1e-6)
-        return h
+        total, count = sum_over_processes(torch.stack([h.sum(), torch.full_like(h.sum(), len(h))]))
+        return ratio, total / count + 1e-6

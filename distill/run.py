@@ -7,20 +7,31 @@ from typing import Any, cast
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from torch import Tensor
 
 from distill.build import build_method, build_stream
 from distill.card import model_card
-from distill.settings import Config, write_config
+from distill.methods import multi_student
+from distill.settings import Config, Method, MultiStudent, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
 from models.export import export
-from models.teachers import resolve
+from models.multi_student import assemble
+from models.teachers import load, resolve
 from models.teachers.embedded import PatchUNet
 
-FREE_KEYS = {"output", "evaluation"} | {
+FREE_KEYS = {"output", "evaluation", "method.only"} | {
     f"train.{name}"
-    for name in ("steps", "cpu_threads", "log_every", "sample_every", "checkpoint_every", "checkpoints_total_limit", "trackers")
+    for name in (
+        "steps",
+        "cpu_threads",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "checkpoints_total_limit",
+        "trackers",
+    )
 }
 """What may change between the start of a run and its resumption."""
 
@@ -66,7 +77,7 @@ def check_same_run(config: Config) -> None:
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS
+        if old.get(key) != new.get(key) and not {key, key.split(".")[0]} & FREE_KEYS
     ]
     if changed:
         raise UserError(
@@ -76,7 +87,9 @@ def check_same_run(config: Config) -> None:
 
 
 def train(config: Config) -> int:
-    """Train to the end and export the student; returns the process's exit status."""
+    """Train to the end, export the student and score it if asked to; returns the process's exit status."""
+    if isinstance(config.method, MultiStudent):
+        return train_students(config, config.method)
     check_same_run(config)
     trainer = build(config)
     main = trainer.accelerator.is_main_process
@@ -101,6 +114,49 @@ def train(config: Config) -> int:
         print(f"student: {config.output / 'student'}")
         if config.evaluation.num_images:
             evaluate(config)
+    trainer.accelerator.wait_for_everyone()
+    return 0
+
+
+def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
+    """The student of each class, and the runs of each student that is to be trained here."""
+    multi_student.check(config, settings)
+    if config.teacher is None:
+        raise UserError("teacher: missing; multi_student distils one, e.g. teacher: {path: embedded:fashion_mnist}")
+    denoiser, spec = load(config.teacher.path)
+    weights = cast(PatchUNet, denoiser.network).unet.class_embedding.weight  # type: ignore[union-attr]
+    owner = multi_student.student_of_class(settings, cast(Tensor, weights).detach()[: spec.num_classes])
+    chosen = range(settings.students) if settings.only is None else [settings.only]
+    classes = {k: [c for c, student in enumerate(owner) if student == k] for k in chosen}
+    return owner, {k: multi_student.runs(config, settings, k, classes[k]) for k in chosen}
+
+
+def train_students(config: Config, settings: MultiStudent) -> int:
+    """Train the students, finished runs aside, and assemble them once all of them are there."""
+    check_same_run(config)
+    owner, plan = plan_students(config, settings)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_config(config, config.output / "config.yaml")
+    state.wait_for_everyone()
+    for runs in plan.values():
+        for run in runs:
+            if not (run.output / "student" / "model_index.json").is_file():
+                print(f"{run.output}: classes {run.classes}, {run.method.kind}, {run.train.steps} steps")
+                if status := train(run):
+                    return status
+    if not state.is_main_process:
+        return 0
+    last = settings.stages[-1].name
+    parts = [multi_student.folder(config, k) / last / "student" for k in range(settings.students)]
+    if missing := [str(part) for part in parts if not (part / "model_index.json").is_file()]:
+        print(f"not trained yet: {', '.join(missing)}; the student is assembled when all are in {config.output}")
+        return 0
+    assemble(config.output / "student", parts, owner)
+    print(f"student: {config.output / 'student'}")
+    if config.evaluation.num_images:
+        evaluate(config)
     return 0
 
 
@@ -125,5 +181,17 @@ def dry_run(config: Config) -> int:
     from distill.estimate import estimate
 
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    print(json.dumps(estimate(build(config)), indent=2))
+    if not isinstance(config.method, MultiStudent):
+        print(json.dumps(estimate(build(config)), indent=2))
+        return 0
+    _, plan = plan_students(config, config.method)
+    first = next(iter(plan.values()))
+    stages = {run.output.name: estimate(build(run.model_copy(update={"method": _alone(run)}))) for run in first}
+    hours = sum(stage["hours"] for stage in stages.values())
+    print(json.dumps({"students": len(plan), "hours": round(len(plan) * hours, 3), "stages": stages}, indent=2))
     return 0
+
+
+def _alone(run: Config) -> Method:
+    """The method without the run before, which a dry run does not make."""
+    return run.method.model_copy(update={"start": None}) if hasattr(run.method, "start") else run.method

@@ -15,7 +15,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from distill.noise_levels import LogNormal, NoiseLevels
+from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
 from distill.schema import Schema
 from models.errors import UserError
 
@@ -175,6 +175,15 @@ class Pretrain(Schema):
     """Noise levels in training."""
 
 
+class ScoreMatching(Pretrain):
+    """Teacher score matching (MSD, arXiv 2410.23274): a new, smaller network learns the teacher's denoising.
+
+    What it makes is no one-step student yet, but what one starts from whose network is not the teacher's.
+    """
+
+    kind: Literal["score_matching"] = "score_matching"  # type: ignore[assignment]
+
+
 class GAN(Schema):
     """The adversarial term and the density ratio's discriminator. Needs pictures."""
 
@@ -204,6 +213,8 @@ class Regression(Schema):
 class Matching(Schema):
     """What the methods of the distribution-matching family share."""
 
+    start: Path | None = None
+    """Run folder or exported student to start from, a run's critic included; null: the teacher's weights."""
     sigma_init: float = Field(default=2.5, gt=0)
     """Noise level sigma / alpha of the student's input."""
     clip_samples: bool = False
@@ -216,40 +227,23 @@ class Matching(Schema):
     """Noise levels at which student and teacher are compared."""
     critic_noise_levels: NoiseLevels | None = None
     """Noise levels of the critic's training; null: the same."""
+    time_weight: Literal["denoiser", "half_g2"] = "denoiser"
+    """denoiser: every noise level counts alike in units of x0; half_g2: g^2/2, Uni-Instruct's theorem."""
     normalizer: Literal["dmd", "none"] = "dmd"
-    """dmd: divide by |x0 - teacher| (DMD, Eq. 8); none: the exact gradient with weight sigma^2 / alpha^2."""
+    """dmd: divide by |x0 - teacher| (DMD, Eq. 8); none: the exact gradient of the row's objective."""
     bins: int = Field(default=10, gt=0)
     """Bins over noise levels for diagnostics and for the ratio's normalisation."""
     regression: Regression | None = None
     """Optional regression pairs."""
 
 
-class DMD2(Matching):
-    """DMD2 (arXiv 2405.14867): reverse KL through the score difference, plus a GAN term."""
+class DivergenceMatching(Matching):
+    """What the methods for any f-divergence share."""
 
-    kind: Literal["dmd2"] = "dmd2"
-    gan: GAN = GAN()
-    """The discriminator."""
-
-
-class DiffInstruct(Matching):
-    """Diff-Instruct (arXiv 2305.18455): integrated reverse KL, no discriminator, no pictures needed."""
-
-    kind: Literal["diff_instruct"] = "diff_instruct"
-    normalizer: Literal["dmd", "none"] = "none"
-    """As in the paper: the exact gradient, weight sigma^2 / alpha^2."""
-
-
-class FDistill(Matching):
-    """f-distill (arXiv 2502.15681): the score difference weighted by h(r), r the discriminator's density ratio."""
-
-    kind: Literal["f_distill"] = "f_distill"
     divergence: DivergenceName = "forward_kl"
     """The f-divergence; `alpha` takes its order from `order`."""
     order: float = 0.5
     """Order of the alpha divergence; used with `divergence: alpha` only."""
-    gan: GAN = GAN()
-    """The discriminator."""
     ratio_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the ratio's moving average per noise-level bin."""
     ratio_clip: tuple[float, float] = (0.1, 20.0)
@@ -260,7 +254,116 @@ class FDistill(Matching):
     """Stage 2: divide h(r) by its mean over the batch."""
 
 
-Method = Annotated[Pretrain | DMD2 | DiffInstruct | FDistill, Field(discriminator="kind")]
+class SDS(Matching):
+    """Score distillation sampling (arXiv 2209.14988): no critic, hence without the student's entropy. Data-free."""
+
+    kind: Literal["sds"] = "sds"
+    normalizer: Literal["dmd", "none"] = "none"
+    """As in the paper: the exact gradient."""
+
+
+class DiffInstruct(Matching):
+    """Diff-Instruct (arXiv 2305.18455): integrated reverse KL. Data-free."""
+
+    kind: Literal["diff_instruct"] = "diff_instruct"
+    normalizer: Literal["dmd", "none"] = "none"
+    """As in the paper: the exact gradient."""
+
+
+class DMD2(Matching):
+    """DMD2 (arXiv 2405.14867): reverse KL through the score difference, plus a GAN term."""
+
+    kind: Literal["dmd2"] = "dmd2"
+    gan: GAN = GAN()
+    """The discriminator."""
+
+
+class FDistill(DivergenceMatching):
+    """f-distill (arXiv 2502.15681): the score difference weighted by h(r), r the discriminator's density ratio."""
+
+    kind: Literal["f_distill"] = "f_distill"
+    gan: GAN = GAN()
+    """The discriminator."""
+
+
+class SIM(Matching):
+    """Score implicit matching (arXiv 2410.16794): the Fisher divergence or its pseudo-Huber form. Data-free."""
+
+    kind: Literal["sim"] = "sim"
+    huber: float | None = Field(default=None, gt=0)
+    """Width of the pseudo-Huber distance, in units of |x0| over all pixels; null: the squared distance."""
+
+
+class SiD(Matching):
+    """SiD (arXiv 2404.04057). Data-free."""
+
+    kind: Literal["sid"] = "sid"
+    alpha: float = 1.2
+    """1.2 is the paper's; 0.5 is the exact gradient of half the Fisher divergence."""
+
+
+class SiDA(Matching):
+    """SiDA (arXiv 2410.14919): SiD with a GAN term, which reads the teacher's features here."""
+
+    kind: Literal["sida"] = "sida"
+    alpha: float = 1.0
+    """As for sid; 1 is the paper's."""
+    gan: GAN = GAN(weight=0.01)
+    """The discriminator."""
+
+
+class UniInstruct(DivergenceMatching):
+    """Uni-Instruct (arXiv 2505.20755): the exact gradient of the expanded f-divergence.
+
+    Its practical form: time_weight denoiser, normalizer dmd. With reverse_kl and without gan it is data-free.
+    """
+
+    kind: Literal["uni_instruct"] = "uni_instruct"
+    noise_levels: NoiseLevels = LogUniform(low=0.02, high=20.0)
+    """Noise levels at which student and teacher are compared."""
+    time_weight: Literal["denoiser", "half_g2"] = "half_g2"
+    """half_g2: g^2/2, the theorem's; denoiser: every noise level counts alike in units of x0."""
+    normalizer: Literal["dmd", "none"] = "none"
+    """none: the exact gradient; dmd: divide by |x0 - teacher|."""
+    gan: GAN | None = GAN(weight=0.0)
+    """The discriminator, which the ratio needs; its weight is that of the GAN term."""
+
+
+MatchingMethod = SDS | DiffInstruct | DMD2 | FDistill | SIM | SiD | SiDA | UniInstruct
+
+StageMethod = Annotated[ScoreMatching | MatchingMethod, Field(discriminator="kind")]
+
+
+class Stage(Schema):
+    """One stage of a student's training; it starts from the stage before."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Name of its folder, e.g. dm."""
+    method: StageMethod
+    """A row of the table, or score_matching."""
+    steps: int = Field(gt=0)
+    """Student optimizer steps."""
+    student: Optimizer | None = None
+    """Optimizer of the student; null: the run's."""
+    critic: Optimizer | None = None
+    """Optimizer of the critic; null: the run's."""
+
+
+class MultiStudent(Schema):
+    """Multi-student distillation (MSD, arXiv 2410.23274): a student for each part of the classes."""
+
+    kind: Literal["multi_student"] = "multi_student"
+    students: int = Field(default=4, gt=0)
+    """Number of students."""
+    partition: Literal["consecutive", "kmeans", "quadrants"] = "consecutive"
+    """How classes are divided: by their numbers, or by the teacher's class embeddings."""
+    only: int | None = Field(default=None, ge=0)
+    """Train this student alone, for one machine of several; null: one after another."""
+    stages: list[Stage] = Field(min_length=1)
+    """What each student goes through, e.g. score_matching, a row without GAN, a row with one."""
+
+
+Method = Annotated[Pretrain | ScoreMatching | MatchingMethod | MultiStudent, Field(discriminator="kind")]
 
 
 class Config(Schema):
@@ -274,6 +377,8 @@ class Config(Schema):
     """The teacher; none for `pretrain`."""
     method: Method
     """How it learns."""
+    classes: list[int] | None = Field(default=None, min_length=1)
+    """Only these classes: of the conditions and of the real pictures, not of regression pairs; null: all."""
     student: Optimizer
     """Optimizer of the student."""
     critic: Optimizer | None = None

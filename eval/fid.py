@@ -5,6 +5,7 @@
 The distances are called by their extractor's name, never FID: they do not compare with numbers from Inception.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -34,8 +35,8 @@ from eval.metrics import kernel_distance
 from eval.reference import Reference, load_reference
 from models import teachers
 from models.condition import Condition
-from models.denoiser import Denoiser
 from models.errors import UserError
+from models.multi_student import MultiStudent
 from models.seeds import Draws
 from models.student import OneStepStudent
 from models.teachers import embedded
@@ -115,8 +116,8 @@ def teacher_of(run: Path) -> str | None:
         raise UserError(f"{config} names no teacher under teacher.path: give it with --teacher") from error
 
 
-def load_student(folder: Path) -> tuple[Denoiser, embedded.Spec, float]:
-    """The denoiser in ``folder``, its spec, the sigma of its input; UserError if unreadable or a teacher."""
+def load_student(folder: Path, device: torch.device) -> tuple[Sampler, embedded.Spec]:
+    """The student in ``folder``, or its several students, and the spec; UserError if unreadable or a teacher."""
     try:
         denoiser, spec = embedded.load(folder)
     except (KeyError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -124,15 +125,21 @@ def load_student(folder: Path) -> tuple[Denoiser, embedded.Spec, float]:
         raise UserError(f"student {folder} cannot be read: {type(error).__name__} {reason}") from error
     if spec.sigma_init is None:
         raise UserError(f"{folder} is a teacher, not an exported student: its model_index.json has no sigma_init")
-    return denoiser, spec, spec.sigma_init
+    if spec.student_of_class is None:
+        return Sampler.student(OneStepStudent(denoiser.to(device), spec.sigma_init).eval()), spec
+    several = MultiStudent(folder, device=device)
+    return Sampler(f"{len(several)} students, 1 step", 1, lambda z, cond, _noise: several.generate(z, cond)), spec
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the U-Net's weights in ``folder``."""
-    files = sorted((folder / "unet").glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{folder / 'unet'} should hold one .safetensors file, not {len(files)}")
-    return file_digest(files[0])
+    """SHA-256 of the U-Net's weights in ``folder``; of several students, that of all digests in their order."""
+    digests = []
+    for place in [folder, *sorted(folder.glob("student_*"), key=lambda path: int(path.name.split("_")[1]))]:
+        files = sorted((place / "unet").glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(f"{place / 'unet'} should hold one .safetensors file, not {len(files)}")
+        digests.append(file_digest(files[0]))
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ scores
@@ -312,10 +319,9 @@ def evaluate(
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device} is not available here: leave --device out, or give cpu") from error
-    denoiser, spec, sigma_init = load_student(student)
+    one_step, spec = load_student(student, place)
     judge, reference = load_extractor(extractor, place), load_reference(extractor)
     rules = protocol(judge, reference, n, seed, spec.num_classes)
-    one_step = Sampler.student(OneStepStudent(denoiser.to(place), sigma_init).eval())
 
     sources: list[tuple[Sampler, TeacherScores | None]] = [(one_step, None)]
     provenance: dict[str, Any] = {"student": str(student), "student_weights_sha256": weights_digest(student)}

@@ -79,12 +79,15 @@ class Denoiser(nn.Module):
         return features
 
     def denoise_and_features(
-        self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str]
+        self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str], through: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """x0 without a gradient and the tapped features with one, in a single forward pass.
+        """x0 and the tapped features, in a single forward pass.
 
-        Gradients are recorded only up to the last tapped block: the rest of the network runs without them.
+        Features carry gradients. x0 does only if ``through``; otherwise nothing is recorded behind the last tap.
         """
+        if through:
+            with self._tapped(taps, lambda: None) as features:
+                return self.denoise(x_t, t, cond), features
         was_enabled = torch.is_grad_enabled()
         try:
             with self._tapped(taps, lambda: torch._C._set_grad_enabled(False)) as features:
@@ -108,12 +111,12 @@ class Guided(nn.Module):
         return self._combine(self.denoiser.denoise(*self._doubled(x_t, t, cond)))
 
     def denoise_and_features(
-        self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str]
+        self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str], through: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """As :meth:`Denoiser.denoise_and_features`; the features are those of the conditional half."""
         if self.scale == 1.0:
-            return self.denoiser.denoise_and_features(x_t, t, cond, taps)
-        both, features = self.denoiser.denoise_and_features(*self._doubled(x_t, t, cond), taps)
+            return self.denoiser.denoise_and_features(x_t, t, cond, taps, through)
+        both, features = self.denoiser.denoise_and_features(*self._doubled(x_t, t, cond), taps, through)
         return self._combine(both), [feature[: len(x_t)] for feature in features]
 
     forward = denoise

@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import losses
+from distill import losses, rows
 from distill.data import Batch, Classes
 from distill.divergences import DIVERGENCES, Divergence, alpha
 from distill.methods.base import Turn
 from distill.methods.distribution_matching import DistributionMatching
+from distill.noise_levels import Grid, LogNormal, LogUniform, half_g2
 from distill.settings import DMD2, GAN
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
@@ -30,6 +32,7 @@ from tests.analytic import (
     divergence_by_quadrature,
     expanded_by_quadrature,
     gradient,
+    line_nodes,
     log_ratio,
     normal_grid,
     relative_error,
@@ -54,48 +57,40 @@ CONSTANTS = {
     "neyman_chi2": ((0.673892114881, -0.164611920346), (0.682159696936, -0.485149945252)),
 }
 
-Kappas = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | float, Tensor | float, Tensor | float]]
-
 
 def columns(a: float, sigma: float, count: int) -> tuple[Tensor, Tensor]:
     return vector(a).expand(count), vector(sigma).expand(count)
 
 
-def first_order(divergence: Divergence, teacher: Mixture, student: Mixture, a: float, sigma: float) -> Tensor:
-    """Expected gradient of the surrogate with k0 = h(r), all networks exact and without gradient (f-distill)."""
+def first_order(row: rows.Row, teacher: Mixture, student: Mixture, a: float, sigma: float) -> Tensor:
+    """Expected gradient of a row's surrogate, all networks exact and without gradient."""
     x0, x_t, mass = student_nodes(student, a, sigma)
-    x_t = x_t.detach()
+    x_t, level = x_t.detach(), columns(a, sigma, len(x0))
     r = log_ratio(teacher, student.frozen(), x_t, a, sigma).exp()
     fake, real = student.frozen().denoise(x_t, a, sigma), teacher.denoise(x_t, a, sigma)
-    value = losses.score_surrogate(x0, real, fake, *columns(a, sigma, len(x0)), k0=divergence.h(r), normalizer="none")
-    return gradient((mass * value).sum(), student)
+    ks = row.coefficients(r, r, r, level[0])
+    return gradient((mass * losses.score_surrogate(x0, real, fake, *level, *ks)).sum(), student)
 
 
-def second_order(kappas: Kappas, teacher: Mixture, student: Mixture, a: float, sigma: float) -> Tensor:
-    """The same with k's from (r, |Delta|^2, <Delta, e>) and the gradient through x_t into the frozen networks."""
+def second_order(row: rows.Row, teacher: Mixture, student: Mixture, a: float, sigma: float) -> Tensor:
+    """The same with the gradient through x_t into the frozen networks."""
     x0, x_t, mass = student_nodes(student, a, sigma)
-    critic = student.frozen()
+    critic, level = student.frozen(), columns(a, sigma, len(x0))
     fake, real = critic.denoise(x_t, a, sigma), teacher.denoise(x_t, a, sigma)
-    with torch.no_grad():
-        r = log_ratio(teacher, critic, x_t, a, sigma).exp()
-        delta, error = a / sigma**2 * (fake - real), a / sigma**2 * (fake - x0)
-        k0, k1, k2 = kappas(r, losses.per_sample(delta**2), losses.per_sample(delta * error))
-    value = losses.score_surrogate(x0, real, fake, *columns(a, sigma, len(x0)), k0, k1, k2, normalizer="none")
-    return gradient((mass * value).sum(), student)
+    r = log_ratio(teacher, critic, x_t, a, sigma).exp().detach()
+    ks = row.coefficients(r, *losses.score_products(x0, real, fake, *level), level[0] / level[1] ** 2)
+    return gradient((mass * losses.score_surrogate(x0, real, fake, *level, *ks)).sum(), student)
 
 
-def expanded(divergence: Divergence, cross: float = 1.0) -> Kappas:
-    """Uni-Instruct's exact k's; ``cross`` scales the part 2 r h' <Delta, e>, which released code leaves out."""
-
-    def kappas(r: Tensor, square: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, dh, d2h = divergence.h(r), divergence.dh(r), divergence.d2h(r)
-        return r**2 * d2h * square + cross * 2 * r * dh * product, h - r * dh, 2 * h
-
-    return kappas
+def other(coefficients: Callable[[Tensor, Tensor, Tensor, Tensor], rows.Coefficients]) -> rows.Row:
+    """A row that is in no table, for what must not hold."""
+    return rows.Row(coefficients, second_order=True)
 
 
-def sid(al: float) -> Kappas:
-    return lambda r, square, product: (0.0, 1 - al, 1.0)
+def without_cross_term(divergence: Divergence) -> rows.Row:
+    """Uni-Instruct's k's without the part 2 r h' <Delta, e>, which released code leaves out."""
+    exact = rows.uni_instruct(divergence)
+    return other(lambda r, square, product, unit: exact.coefficients(r, square, 0 * product, unit))
 
 
 # ------------------------------------------------------------------------------------------- first order: f-distill
@@ -105,20 +100,20 @@ def sid(al: float) -> Kappas:
 @pytest.mark.parametrize("name", NAMES)
 def test_surrogate_is_the_gradient_of_the_divergence(name: str, level: tuple[float, float]) -> None:
     pair = Pair(0.7, 0.9, -0.2, 1.1, *level)
-    found = first_order(DIVERGENCES[name], pair.teacher, pair.student, *level)
+    found = first_order(rows.f_distill(DIVERGENCES[name]), pair.teacher, pair.student, *level)
     assert relative_error(found, pair.reference(name)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("order", [0.0, 0.3, 0.5, 0.75, 1.0, 1.5])
 def test_surrogate_of_the_alpha_family(order: float) -> None:
     closed = {0.0: PASTED.reverse_kl, 1.0: PASTED.forward_kl}.get(order, lambda: PASTED.alpha(order))()
-    found = first_order(alpha(order), PASTED.teacher, PASTED.student, 1.0, 1.0)
+    found = first_order(rows.f_distill(alpha(order)), PASTED.teacher, PASTED.student, 1.0, 1.0)
     assert relative_error(found, closed.gradient) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_surrogate_gives_the_pasted_constants(name: str) -> None:
-    found = first_order(DIVERGENCES[name], PASTED.teacher, PASTED.student, 1.0, 1.0)
+    found = first_order(rows.f_distill(DIVERGENCES[name]), PASTED.teacher, PASTED.student, 1.0, 1.0)
     assert float((found - vector(*CONSTANTS[name][0])).abs().max()) <= 1e-11
 
 
@@ -127,22 +122,23 @@ def test_surrogate_gives_the_pasted_constants(name: str) -> None:
 def test_surrogate_between_mixtures(name: str, level: tuple[float, float]) -> None:
     student = STUDENT.student()
     expected = gradient(divergence_by_quadrature(DIVERGENCES[name], TEACHER, student, *level), student)
-    assert relative_error(first_order(DIVERGENCES[name], TEACHER, student, *level), expected) <= TOLERANCE
+    found = first_order(rows.f_distill(DIVERGENCES[name]), TEACHER, student, *level)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradient_where_the_student_is_the_teacher(name: str) -> None:
     student = TEACHER.student()
-    assert float(first_order(DIVERGENCES[name], TEACHER, student, 0.8, 0.6).abs().max()) <= 1e-12
-    assert float(second_order(expanded(DIVERGENCES[name]), TEACHER, student, 0.8, 0.6).abs().max()) <= 1e-12
+    assert float(first_order(rows.f_distill(DIVERGENCES[name]), TEACHER, student, 0.8, 0.6).abs().max()) <= 1e-12
+    assert float(second_order(rows.uni_instruct(DIVERGENCES[name]), TEACHER, student, 0.8, 0.6).abs().max()) <= 1e-12
 
 
 def test_forward_kl_is_at_rest_at_the_matched_moments_and_reverse_kl_is_not() -> None:
     mean = (TEACHER.weights * TEACHER.means[:, 0]).sum()
     spread = (TEACHER.weights * (TEACHER.stds**2 + TEACHER.means[:, 0] ** 2)).sum() - mean**2
     student = Mixture.gaussian(float(mean), float(spread.sqrt())).student()
-    assert float(first_order(DIVERGENCES["forward_kl"], TEACHER, student, 1.0, 0.5).abs().max()) <= 1e-10
-    assert float(first_order(DIVERGENCES["reverse_kl"], TEACHER, student, 1.0, 0.5).abs().max()) >= 1e-2
+    pull = lambda name: float(first_order(rows.f_distill(DIVERGENCES[name]), TEACHER, student, 1.0, 0.5).abs().max())
+    assert pull("forward_kl") <= 1e-10 and pull("reverse_kl") >= 1e-2
 
 
 def test_weight_multiplies_and_pixels_add_up() -> None:
@@ -166,13 +162,13 @@ def test_expanded_surrogate_is_the_gradient_of_j(name: str, level: tuple[float, 
     pair = Pair(0.7, 0.9, -0.2, 1.1, *level)
     student = pair.student
     expected = gradient(expanded_by_quadrature(DIVERGENCES[name], pair.teacher, student, *level), student)
-    found = second_order(expanded(DIVERGENCES[name]), pair.teacher, student, *level)
+    found = second_order(rows.uni_instruct(DIVERGENCES[name]), pair.teacher, student, *level)
     assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_expanded_surrogate_gives_the_pasted_constants(name: str) -> None:
-    found = second_order(expanded(DIVERGENCES[name]), PASTED.teacher, PASTED.student, 1.0, 1.0)
+    found = second_order(rows.uni_instruct(DIVERGENCES[name]), PASTED.teacher, PASTED.student, 1.0, 1.0)
     assert float((found - vector(*CONSTANTS[name][1])).abs().max()) <= 1e-11
 
 
@@ -180,7 +176,7 @@ def test_expanded_surrogate_gives_the_pasted_constants(name: str) -> None:
 def test_expanded_surrogate_between_mixtures(name: str) -> None:
     student = STUDENT.student()
     expected = gradient(expanded_by_quadrature(DIVERGENCES[name], TEACHER, student, 1.0, 0.8), student)
-    found = second_order(expanded(DIVERGENCES[name]), TEACHER, student, 1.0, 0.8)
+    found = second_order(rows.uni_instruct(DIVERGENCES[name]), TEACHER, student, 1.0, 0.8)
     assert relative_error(found, expected) <= TOLERANCE
 
 
@@ -188,21 +184,21 @@ def test_expanded_surrogate_between_mixtures(name: str) -> None:
 def test_fisher_divergence_is_sid_with_one_half(level: tuple[float, float]) -> None:
     pair = Pair(0.7, 0.6, 0.1, 0.9, *level)
     fisher = pair.fisher().gradient
-    sim = second_order(lambda r, square, product: (0.0, 1.0, 2.0), pair.teacher, pair.student, *level)
+    sim = second_order(rows.sim(None), pair.teacher, pair.student, *level)
     assert relative_error(sim, fisher) <= TOLERANCE
-    assert relative_error(second_order(sid(0.5), pair.teacher, pair.student, *level), fisher / 2) <= TOLERANCE
+    assert relative_error(second_order(rows.sid(0.5), pair.teacher, pair.student, *level), fisher / 2) <= TOLERANCE
 
 
 @pytest.mark.parametrize("al", [1.0, 1.2])
 def test_sid_with_its_usual_alpha_is_not_the_fisher_gradient(al: float) -> None:
     pair = Pair(mu=0.7, s=0.6, sigma=0.5)
-    found = second_order(sid(al), pair.teacher, pair.student, pair.a, pair.sigma)
+    found = second_order(rows.sid(al), pair.teacher, pair.student, pair.a, pair.sigma)
     assert relative_error(found, pair.sid(al)) <= TOLERANCE
     assert relative_error(found, pair.fisher().gradient / 2) >= 0.2
 
 
 def test_forward_kl_without_the_cross_term_is_wrong_in_the_spread_only() -> None:
-    found = second_order(expanded(DIVERGENCES["forward_kl"], cross=0), PASTED.teacher, PASTED.student, 1.0, 1.0)
+    found = second_order(without_cross_term(DIVERGENCES["forward_kl"]), PASTED.teacher, PASTED.student, 1.0, 1.0)
     expected = vector(*CONSTANTS["forward_kl"][1])
     error = (found / expected - 1).abs()
     assert float(error[0]) <= TOLERANCE and float(error[1]) >= 0.2
@@ -214,12 +210,14 @@ def test_forward_kl_without_the_cross_term_is_wrong_in_the_spread_only() -> None
 def test_leaving_out_the_cross_term_shows_on_mixtures(name: str, least: float) -> None:
     student = STUDENT.student()
     expected = gradient(expanded_by_quadrature(DIVERGENCES[name], TEACHER, student, 1.0, 1.0), student)
-    found = second_order(expanded(DIVERGENCES[name], cross=0), TEACHER, student, 1.0, 1.0)
+    found = second_order(without_cross_term(DIVERGENCES[name]), TEACHER, student, 1.0, 1.0)
     assert relative_error(found, expected) >= least
 
 
 def test_a_detached_weight_on_sim_is_not_forward_kl() -> None:
-    found = second_order(lambda r, square, product: (0.0, r, 2 * r), PASTED.teacher, PASTED.student, 1.0, 1.0)
+    found = second_order(
+        other(lambda r, square, product, unit: (0.0, r, 2 * r)), PASTED.teacher, PASTED.student, 1.0, 1.0
+    )
     assert relative_error(found, vector(*CONSTANTS["forward_kl"][1])) >= 0.1
 
 
@@ -244,6 +242,66 @@ def test_gradient_of_second_order_terms_flows_through_x_t() -> None:
     fake, real = student.frozen().denoise(x_t.detach(), 1.0, 1.0), PASTED.teacher.denoise(x_t.detach(), 1.0, 1.0)
     value = losses.score_surrogate(x0, real, fake, *columns(1.0, 1.0, len(x0)), 0.0, 1.0, 2.0)
     assert relative_error(gradient((mass * value).sum(), student), PASTED.fisher().gradient) >= 0.1
+
+
+@pytest.mark.parametrize("width", [0.1, 0.5, 20.0])
+@pytest.mark.parametrize("level", LEVELS)
+def test_pseudo_huber_is_the_gradient_of_its_distance(level: tuple[float, float], width: float) -> None:
+    a, sigma = level
+    student, c = STUDENT.student(), width * a / sigma**2
+    x, step = line_nodes(student, a, sigma)
+    delta = (student.score(x, a, sigma) - TEACHER.score(x, a, sigma)).squeeze(1)
+    distance = (student.log_density(x, a, sigma).exp() * ((delta**2 + c**2).sqrt() - c)).sum() * step
+    found = second_order(rows.sim(width), TEACHER, student, a, sigma)
+    assert relative_error(found, gradient(distance, student)) <= TOLERANCE
+
+
+def integrated(name: str, levels: LogUniform, process: Process, pair: Pair, count: int = 96) -> Tensor:
+    """Uni-Instruct's gradient over all noise levels: Gauss-Legendre over u with the production time weight."""
+    nodes, masses = np.polynomial.legendre.leggauss(count)
+    u = torch.from_numpy((nodes + 1) / 2)
+    t, weight = levels.times(u, process), half_g2(levels, u, process)
+    row, total = rows.uni_instruct(DIVERGENCES[name]), torch.zeros(2, dtype=torch.float64)
+    for time, mass in zip(t, weight * torch.from_numpy(masses / 2), strict=True):
+        level = float(process.alpha(time)), float(process.sigma(time))
+        total += mass * second_order(row, pair.teacher, pair.student, *level)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "expected"),
+    [
+        ("reverse_kl", 0.6, (0.696508728, -1.056666281)),
+        ("forward_kl", 0.6, (1.929286056, -5.159567708)),
+        ("squared_hellinger", 0.6, (0.219859515, -0.401156978)),
+        ("neyman_chi2", 0.6, (1.488828658, -1.876727922)),
+        ("pearson_chi2", 0.9, (5.078732971, -11.814934416)),
+    ],
+)
+def test_uni_instruct_between_two_noise_levels(name: str, s: float, expected: tuple[float, float]) -> None:
+    found = integrated(name, LogUniform(low=0.05, high=20.0), EDM(), Pair(0.7, s), 64)
+    assert relative_error(found, vector(*expected)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("process", [EDM(1e-9, 1e9), RectifiedFlow(t_min=1e-9, t_max=1 - 1e-9)], ids=["edm", "flow"])
+@pytest.mark.parametrize("name", NAMES)
+def test_uni_instruct_over_all_noise_levels_is_the_divergence_of_the_data(name: str, process: Process) -> None:
+    """D_f(q_0 || p_0), whatever the process: what is left at the ends is of the order of 1e-7."""
+    pair = Pair(0.4, 0.9)
+    clean = Pair(0.4, 0.9, sigma=0.0)
+    found = integrated(name, LogUniform(low=1e-4, high=1e4), process, pair)
+    assert relative_error(found, clean.reference(name)) <= 1e-6
+
+
+def test_half_g2_is_g_squared_over_two() -> None:
+    """Drawn uniformly in t, a straight flow's weight is t / (1 - t); with EDM on any draw it is sigma d sigma / du."""
+    flow, u = RectifiedFlow(t_min=0.1, t_max=0.9), torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    t = flow.spaced(u)
+    torch.testing.assert_close(half_g2(Grid(), u, flow), 0.8 * t / (1 - t))
+    sigma = LogUniform(low=0.1, high=10.0).times(u, EDM())
+    torch.testing.assert_close(half_g2(LogUniform(low=0.1, high=10.0), u, EDM()), sigma**2 * math.log(100))
+    beyond = torch.tensor([1e-12, 1 - 1e-12], dtype=torch.float64)
+    assert half_g2(LogNormal(std=3.0), beyond, EDM(0.1, 10.0)).tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------- stochastic
@@ -440,6 +498,7 @@ def recording_method(process: Process, sigma_data: float, gan: GAN) -> tuple[Dis
     teacher.calls = []
     method = DistributionMatching(
         DMD2(gan=gan),
+        rows.reverse_kl(),
         Guided(teacher, 1.0),
         OneStepStudent(denoiser(Denoiser), 0.9),
         denoiser(Denoiser),
@@ -457,7 +516,7 @@ def test_r1_perturbs_the_same_noised_picture(process: Process) -> None:
     method, teacher = recording_method(process, sigma_data, GAN(r1_weight=2.0, r1_scale=scale, taps=["features"]))
     pictures = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(5))
     draws = RecordingDraws(count)
-    loss, logs = method.critic_loss(Turn(draws, Batch(pictures, Condition(class_ids=torch.arange(count) % 2))))
+    loss, logs = method.critic_loss(Turn(0, draws, Batch(pictures, Condition(class_ids=torch.arange(count) % 2))))
 
     ((x, t, cond),) = teacher.calls
     fake, real, perturbed = x.chunk(3)
@@ -486,7 +545,9 @@ def test_r1_perturbs_the_same_noised_picture(process: Process) -> None:
 def test_without_r1_there_are_two_parts() -> None:
     method, teacher = recording_method(EDM(), 0.7, GAN(r1_weight=0.0, taps=["features"]))
     pictures = torch.zeros(8, 2, 1, 1)
-    _, logs = method.critic_loss(Turn(RecordingDraws(8), Batch(pictures, Condition(class_ids=torch.zeros(8).long()))))
+    _, logs = method.critic_loss(
+        Turn(0, RecordingDraws(8), Batch(pictures, Condition(class_ids=torch.zeros(8).long())))
+    )
     assert len(teacher.calls[0][0]) == 16 and "r1" not in logs
 
 

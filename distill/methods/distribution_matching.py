@@ -1,18 +1,11 @@
-"""Distribution matching: DMD2, Diff-Instruct and f-distill are rows of one table.
-
-=============  ===================  ==================================  ==========================================
-method         k0 of the surrogate  adversarial term                    exact gradient of (normalizer "none")
-=============  ===================  ==================================  ==========================================
-diff_instruct  1                    none                                int w(t) KL(p_t || q_t) dt
-dmd2           1                    weight x softplus(-logit)           the same + softened reverse KL
-f_distill      h(r)                 weight x softplus(-logit)           int w(t) D_f(q_t || p_t) dt + the same
-=============  ===================  ==================================  ==========================================
+"""Distribution matching: a student follows a frozen teacher by one row of the table in ``distill.rows``.
 
 What a turn must cost, in passes of the network size (F forward without gradient, G forward + backward), and does cost:
 
 =======================  =========================================================================================
 student turn             student G, critic F, teacher F; with a GAN, inside that same teacher pass, gradients up to
-                         the last tapped block (one backward through that part, to the input only)
+                         the last tapped block (one backward through that part, to the input only). Rows with k1 or
+                         k2: critic G and teacher G, to the input only. SDS: no critic
 critic turn              critic G; with a GAN, teacher's encoder F on fakes and reals in one call (+ R1: a third
                          part); without ``reuse_samples`` also student F
 =======================  =========================================================================================
@@ -24,47 +17,49 @@ from torch import Tensor, nn
 from distill import losses
 from distill.data import Classes
 from distill.methods.base import Logs, Turn
+from distill.noise_levels import half_g2
 from distill.pairs import Pairs
-from distill.ratio import RatioWeight
-from distill.settings import DMD2, DiffInstruct, FDistill
+from distill.ratio import Ratio
+from distill.rows import Row
+from distill.settings import GAN, MatchingMethod
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.process import expand_to
 from models.student import OneStepStudent, heun
 
-DistributionSettings = DMD2 | DiffInstruct | FDistill
-
 
 class DistributionMatching:
     """Student against a frozen teacher, with a critic (fake score) that follows the student.
 
-    ``ratio`` weights the score difference by h(r) (f-distill); without it the weight is 1. ``discriminator`` reads the
-    frozen teacher's features; it is needed for ``ratio`` and for the adversarial term.
+    ``discriminator`` reads the frozen teacher's features; it serves the density ratio and the adversarial term.
     """
 
     def __init__(
         self,
-        settings: DistributionSettings,
+        settings: MatchingMethod,
+        row: Row,
         teacher: Guided,
         student: OneStepStudent,
-        critic: Denoiser,
+        critic: Denoiser | None,
         conditions: Classes,
         shape: tuple[int, int, int],
         discriminator: nn.Module | None = None,
-        ratio: RatioWeight | None = None,
+        ratio: Ratio | None = None,
         pairs: Pairs | None = None,
     ):
-        self.settings, self.teacher, self.conditions, self.shape = settings, teacher, conditions, shape
+        self.settings, self.row, self.teacher, self.conditions, self.shape = settings, row, teacher, conditions, shape
         self.ratio, self.pairs = ratio, pairs
-        self.gan = None if isinstance(settings, DiffInstruct) else settings.gan
-        self.networks: dict[str, nn.Module] = {"student": student, "critic": critic}
+        self.gan: GAN | None = getattr(settings, "gan", None)
+        self.networks: dict[str, nn.Module] = {"student": student}
+        if critic is not None:
+            self.networks["critic"] = critic
         if discriminator is not None:
             self.networks["discriminator"] = discriminator
         self.buffers: dict[str, nn.Module] = {"ratio": ratio} if ratio is not None else {}
         self.frozen: list[nn.Module] = [teacher]
-        self.critic_turns = settings.critic_turns
+        self.critic_turns = settings.critic_turns if critic is not None else 0
         self.pictures = {"critic"} if discriminator is not None else set()
-        self.student, self.process, self.sigma_data = student, teacher.process, critic.sigma_data
+        self.student, self.process, self.sigma_data = student, teacher.process, teacher.denoiser.sigma_data
         self._samples: dict[int, tuple[Tensor, Condition]] = {}
 
     # ------------------------------------------------------------------------------------------------ student turn
@@ -80,23 +75,26 @@ class DistributionMatching:
 
         t = settings.noise_levels.times(u, self.process)
         x_t = self.process.add_noise(x0, noise, t)
-        teacher_x0, logit = self._teacher(x_t, t, cond)
-        with torch.no_grad():
-            critic_x0 = self.networks["critic"](x_t, t, cond)
+        teacher_x0, critic_x0, logit = self._judge(x0, x_t, t, cond)
 
-        k0: Tensor | float = 1.0
         logs: Logs = {}
+        r, scale = torch.ones_like(u), 1.0
         if self.ratio is not None and logit is not None:
-            r = self.ratio.ratio(logit.detach())
-            k0 = self.ratio(r, u)
-            logs["ratio"] = self._binned(r, u)
+            estimate = self.ratio.ratio(logit.detach())
+            r, scale = self.ratio(estimate, u)
+            logs["ratio"] = self._binned(estimate, u)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        with torch.set_grad_enabled(self.row.second_order):
+            products = losses.score_products(x0, teacher_x0, critic_x0, alpha, sigma)
+            coefficients = self.row.coefficients(r, *products, alpha / sigma**2)
+        k0, k1, k2 = (k / scale if isinstance(k, Tensor) else k for k in coefficients)
+        weight, normalizer = self._time_weight(u, alpha, sigma), settings.normalizer
         matching = losses.score_surrogate(
-            x0, teacher_x0, critic_x0, alpha, sigma, k0, weight=(sigma / alpha) ** 2, normalizer=settings.normalizer
+            x0, teacher_x0, critic_x0, alpha, sigma, k0, k1, k2, weight=weight, normalizer=normalizer
         ).mean()
         loss = matching + regression
         logs["matching"] = matching.detach()
-        logs["teacher_critic_distance"] = self._binned((teacher_x0 - critic_x0).flatten(1).norm(dim=1), u)
+        logs["teacher_critic_distance"] = self._binned((teacher_x0 - critic_x0).detach().flatten(1).norm(dim=1), u)
         logs["sample_mean"], logs["sample_std"] = x0.detach().mean(), x0.detach().std()
         if self.pairs is not None:
             logs["regression"] = regression.detach()
@@ -115,16 +113,26 @@ class DistributionMatching:
         x0, predicted = both.split([len(z), len(pair_z)])
         return x0, self.settings.regression.weight * losses.regression_loss(predicted, target).mean()
 
-    def _teacher(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """The teacher's x0 without gradient, and the discriminator's logit with one, from one pass."""
-        discriminator = self.networks.get("discriminator")
-        if discriminator is None or self.gan is None:
-            with torch.no_grad():
-                return self.teacher.denoise(x_t, t, cond), None
-        if self.gan.weight == 0:
-            x_t = x_t.detach()
-        teacher_x0, features = self.teacher.denoise_and_features(x_t, t, cond, self.gan.taps)
-        return teacher_x0, discriminator(features)
+    def _judge(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The teacher's and the critic's x0, with gradients if the row needs them, and the logit, always with one."""
+        through, logit = self.row.second_order, None
+        if self.gan is None:
+            with torch.set_grad_enabled(through):
+                teacher_x0 = self.teacher.denoise(x_t, t, cond)
+        else:
+            unused = self.gan.weight == 0 and not through
+            inputs = x_t.detach() if unused else x_t
+            teacher_x0, features = self.teacher.denoise_and_features(inputs, t, cond, self.gan.taps, through)
+            logit = self.networks["discriminator"](features)
+        if not self.row.critic:
+            return teacher_x0, x0.detach(), logit
+        with torch.set_grad_enabled(through):
+            return teacher_x0, self.networks["critic"](x_t, t, cond), logit
+
+    def _time_weight(self, u: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        if self.settings.time_weight == "half_g2":
+            return half_g2(self.settings.noise_levels, u, self.process)
+        return sigma**4 / alpha**2 if self.row.second_order else (sigma / alpha) ** 2
 
     # ------------------------------------------------------------------------------------------------- critic turn
 
@@ -165,7 +173,7 @@ class DistributionMatching:
 
     def _fakes(self, turn: Turn) -> tuple[Tensor, Condition]:
         """The student's samples of this step, or new ones."""
-        if self.settings.reuse_samples:
+        if self.settings.reuse_samples and turn.micro in self._samples:
             return self._samples[turn.micro]
         cond = self.conditions.sample(turn.draws)
         with torch.no_grad():

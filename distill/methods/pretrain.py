@@ -1,4 +1,4 @@
-"""Train a teacher: denoising score matching with EDM's weighting (arXiv 2206.00364)."""
+"""Train a denoiser on pictures (arXiv 2206.00364), or on a teacher's answers (MSD's TSM, arXiv 2410.23274)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,18 +7,21 @@ from distill.losses import denoising_loss
 from distill.methods.base import Logs, Turn
 from distill.settings import Pretrain
 from models.condition import NULL_CLASS, Condition
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, Guided
 from models.student import heun
 
 
 class Pretraining:
-    """The network named "student" is the denoiser itself: one forward and backward pass per turn, no critic."""
+    """The network named "student" is the denoiser itself: one forward and backward pass per turn, no critic.
 
-    def __init__(self, settings: Pretrain, denoiser: Denoiser):
-        self.settings, self.denoiser = settings, denoiser
+    With a ``teacher`` its denoising of the noised real picture is the target in the place of the picture itself.
+    """
+
+    def __init__(self, settings: Pretrain, denoiser: Denoiser, teacher: Guided | None = None):
+        self.settings, self.denoiser, self.teacher = settings, denoiser, teacher
         self.networks: dict[str, nn.Module] = {"student": denoiser}
         self.buffers: dict[str, nn.Module] = {}
-        self.frozen: list[nn.Module] = []
+        self.frozen: list[nn.Module] = [teacher] if teacher else []
         self.critic_turns = 0
         self.pictures = {"student"}
 
@@ -31,8 +34,12 @@ class Pretraining:
         process = self.denoiser.process
         t = self.settings.noise_levels.times(draws.uniform(), process)
         x_t = process.add_noise(x0, draws.normal(*x0.shape[1:]), t)
+        target = x0
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self.teacher.denoise(x_t, t, cond)
         predicted = self.networks["student"](x_t, t, cond)
-        loss = denoising_loss(predicted, x0, process.ratio(t), self.settings.sigma_data).mean()
+        loss = denoising_loss(predicted, target, process.ratio(t), self.settings.sigma_data).mean()
         return loss, {"loss": loss.detach()}
 
     def critic_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
@@ -41,8 +48,8 @@ class Pretraining:
     def sample(self, z: Tensor, cond: Condition) -> Tensor:
         return heun(self.denoiser, z, cond, steps=18)
 
-    def reference(self, z: Tensor, cond: Condition, steps: int) -> None:
-        return None
+    def reference(self, z: Tensor, cond: Condition, steps: int) -> Tensor | None:
+        return heun(self.teacher, z, cond, steps) if self.teacher else None
 
     def exported(self) -> nn.Module:
         return self.denoiser.network

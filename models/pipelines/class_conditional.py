@@ -4,8 +4,10 @@ pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 images = pipe([3, 7], seeds=[0, 1]).images
 """
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     sigma_init: noise level of a student's input, ``x = sigma_init z``: one evaluation there gives the picture.
         None for a teacher, which takes Heun steps from sigma 80
     channels, size: shape of a picture, values in [-1, 1]
+    student_of_class: with several students, the number of each class's own; 0 is ``unet``, the others are read from
+        the folder's ``student_1``, ``student_2``, ... when they are first needed
     """
 
     def __init__(
@@ -35,8 +39,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sigma_data: float = 0.5,
         sigma_init: float | None = None,
         class_names: list[str] = [],  # noqa: B006 - diffusers reads the annotation; it is copied below
+        student_of_class: list[int] | None = None,
     ):
         super().__init__()
+        self.others: dict[int, tuple[UNet2DModel, float]] = {}
         self.register_modules(unet=unet)
         self.register_to_config(
             patch=patch,
@@ -46,15 +52,45 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sigma_data=sigma_data,
             sigma_init=sigma_init,
             class_names=list(class_names),
+            student_of_class=student_of_class,
         )
 
-    def denoise(self, x: torch.Tensor, sigma: float, class_labels: torch.Tensor) -> torch.Tensor:
+    def student(self, number: int) -> tuple[UNet2DModel, float]:
+        """The network of one of several students and its ``sigma_init``."""
+        if number == 0:
+            return self.unet, self.config["sigma_init"]
+        if number not in self.others:
+            folder = Path(self.config["_name_or_path"]) / f"student_{number}"
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is missing: load this pipeline from a complete local copy of its folder")
+            unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=self.unet.dtype)
+            self.others[number] = (unet.eval(), json.loads((folder / "model_index.json").read_text())["sigma_init"])
+        unet, sigma = self.others[number]
+        return unet.to(self.unet.device, self.unet.dtype), sigma
+
+    def one_step(self, z: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Each picture by its class's student."""
+        table = self.config["student_of_class"]
+        if table is None:
+            return self.denoise(self.config["sigma_init"] * z, self.config["sigma_init"], class_labels)
+        if bool((class_labels < 0).any()):
+            raise ValueError("several students need a class for every picture: none of them is unconditional")
+        owner, x0 = torch.tensor(table, device=z.device)[class_labels], torch.empty_like(z)
+        for number in owner.unique().tolist():
+            rows = owner == number
+            unet, sigma = self.student(number)
+            x0[rows] = self.denoise(sigma * z[rows], sigma, class_labels[rows], unet)
+        return x0
+
+    def denoise(
+        self, x: torch.Tensor, sigma: float, class_labels: torch.Tensor, unet: UNet2DModel | None = None
+    ) -> torch.Tensor:
         """x0 for ``x`` (B, C, H, W) at noise ``sigma``; label -1 is unconditional."""
         data, level = self.config["sigma_data"], x.new_full((len(x),), sigma)
         total = level.view(-1, 1, 1, 1) ** 2 + data**2
         labels = torch.where(class_labels < 0, self.config["num_classes"], class_labels)
         folded = F.pixel_unshuffle(x / total.sqrt(), self.config["patch"])
-        out = self.unet(folded, 250 * level.log(), class_labels=labels).sample
+        out = (unet or self.unet)(folded, 250 * level.log(), class_labels=labels).sample
         out = F.pixel_shuffle(out, self.config["patch"])
         return data**2 / total * x + sigma * data / total.sqrt() * out
 
@@ -104,7 +140,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if sigma is None:
             x0 = self.heun(z, classes, num_inference_steps or 18)
         elif num_inference_steps in (None, 1):
-            x0 = self.denoise(sigma * z, sigma, classes)
+            x0 = self.one_step(z, classes)
         else:
             raise ValueError(f"this student takes one step, not num_inference_steps={num_inference_steps}")
         images: Any = x0

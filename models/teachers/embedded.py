@@ -59,7 +59,10 @@ class PatchUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Spec:
-    """What a folder says beside its U-Net; sizes in pixels, ``sigma_init`` None for a teacher."""
+    """What a folder says beside its U-Net; sizes in pixels, ``sigma_init`` None for a teacher.
+
+    ``student_of_class``: with several students, the number of each class's own; None for one.
+    """
 
     patch: int
     num_classes: int
@@ -68,11 +71,12 @@ class Spec:
     sigma_data: float
     sigma_init: float | None
     class_names: list[str]
+    student_of_class: list[int] | None = None
 
 
 def read_spec(folder: Path) -> Spec:
     index = json.loads((folder / "model_index.json").read_text())
-    return Spec(**{name: index[name] for name in Spec.__dataclass_fields__})
+    return Spec(**{name: index[name] for name in Spec.__dataclass_fields__ if name in index})
 
 
 def load(folder: Path) -> tuple[Denoiser, Spec]:

@@ -1,0 +1,31 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block ends well; otherwise nothing changes.
+
+    Files are on the disk before that. A crash between the two renames leaves the old folder under another name, which
+    the next call puts back.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
