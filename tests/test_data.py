@@ -12,7 +12,7 @@ from PIL import Image
 
 from distill import data
 from distill.build import build_stream
-from distill.data import FASHION_MNIST_FILES, FashionMNIST, ImageFolder, ShuffledStream, to_tensor
+from distill.data import FASHION_MNIST_FILES, FashionMNIST, ImageFolder, ShuffledStream, Subset, to_tensor
 from distill.settings import Config
 from models.errors import UserError
 from tests.tiny import ROOT, save_pictures, settings
@@ -63,6 +63,16 @@ def test_image_folder_classes_and_order(tmp_path: Path):
     assert batch.cond.class_ids is not None and batch.cond.class_ids.tolist() == [0, 1]
 
 
+def test_a_subset_holds_the_pictures_of_its_classes(tmp_path: Path):
+    pictures = ImageFolder(save_pictures(tmp_path / "pictures", count=11), 16, 1)
+    part = Subset(pictures, [1])
+    assert len(part) == 5 and part.labels.tolist() == [1] * 5 and part.class_names == pictures.class_names
+    expected = [i for i in range(11) if int(pictures.labels[i]) == 1]
+    assert torch.equal(part.get([4, 0]).images, pictures.get([expected[4], expected[0]]).images)
+    with pytest.raises(UserError, match="no picture is of"):
+        Subset(pictures, [5])
+
+
 def test_shuffled_stream_covers_each_epoch_and_resumes(tmp_path: Path):
     class Numbers:
         shape, class_names = (1, 1, 1), ["all"]
@@ -97,6 +107,26 @@ def write_shards(folder: Path, shards: int = 3, rows: int = 4) -> Path:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_only_the_classes_that_were_asked_for(tmp_path: Path, streaming: bool):
+    source = {
+        "kind": "hf_dataset",
+        "path": "webdataset",
+        "data_files": str(write_shards(tmp_path / "shards") / "*.tar"),
+    }
+    source |= {"streaming": streaming, "image_column": "png", "label_column": "cls", "size": 8, "channels": 1}
+    config = Config.model_validate(settings(tmp_path, data=source, classes=[1], train__batch_size=4))
+    stream, _, _ = build_stream(config, 0, 1)
+    assert stream is not None
+    batches = [stream.next() for _ in range(4)]
+    assert all(bool((batch.cond.class_ids == 1).all()) for batch in batches)
+    state, following = stream.state_dict(), stream.next()
+    again, _, _ = build_stream(config, 0, 1)
+    assert again is not None
+    again.load_state_dict(state)
+    assert torch.equal(again.next().images, following.images)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -79,6 +79,13 @@ def test_all_problems_are_named_at_once(tmp_path: Path):
         (["--teacher.path", "embedded:nothing"], "no embedded teacher 'nothing'"),
         (["--teacher", "null"], "teacher: missing; f_distill distils one"),
         (["--method", "{kind: pretrain, channels: [8, 32]}"], "`pretrain` trains a teacher and takes none"),
+        (
+            ["--method", "{kind: uni_instruct, gan: null}"],
+            "method.gan: a divergence other than reverse_kl needs the discriminator's density ratio",
+        ),
+        (["--data", "{kind: conditions_only}", "--method.kind", "sida"], "sida has a discriminator and needs pictures"),
+        (["--classes", "[0, 7]"], "classes: [0, 7] are not among the teacher's 0 to 1"),
+        (["--method.start", "nowhere"], "nowhere"),
         (["--data", "{kind: conditions_only}"], "f_distill has a discriminator and needs pictures"),
         (["--data.size", "8"], "pictures of shape (1, 8, 8), but the teacher"),
         (["--method.gan.taps", "[unet.middle]"], "method.gan.taps: no block named ['unet.middle']"),

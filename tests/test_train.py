@@ -246,26 +246,68 @@ def test_a_step_costs_what_the_table_says(tmp_path: Path, reuse: bool, student_c
     ]
 
 
-def test_without_discriminator_the_teacher_records_nothing(tmp_path: Path):
-    values = settings(tmp_path, method={"kind": "diff_instruct"}, data={"kind": "conditions_only"})
-    trainer = build(Config.model_validate(values))
-    method: Any = trainer.method
-    recorded: list[bool] = []
-    method.teacher.denoiser.network.unet.conv_in.register_forward_hook(
-        lambda _m, _i, o: recorded.append(o.requires_grad)
-    )
-    trainer.run_step()
-    assert recorded == [False] and "discriminator" not in trainer.bare
+DATA_FREE: list[dict[str, Any]] = [
+    {"kind": "sds"},
+    {"kind": "diff_instruct"},
+    {"kind": "sim"},
+    {"kind": "sim", "huber": 0.5},
+    {"kind": "sid"},
+    {"kind": "uni_instruct", "divergence": "reverse_kl", "gan": None},
+]
+WITH_PICTURES: list[dict[str, Any]] = [{"kind": kind} for kind in ("dmd2", "f_distill", "sida", "uni_instruct")]
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "dmd2", "diff_instruct", "f_distill"])
-def test_every_method_trains_and_exports(tmp_path: Path, kind: str):
-    values = settings(tmp_path, method={"kind": kind}, train__steps=2)
-    if kind == "pretrain":
-        values["method"] |= {"channels": [8, 32], "patch": 4}
+def name_of(method: dict[str, Any]) -> str:
+    return "_".join([method["kind"], *("huber" for _ in method if "huber" in _)])
+
+
+@pytest.mark.parametrize("method", DATA_FREE, ids=name_of)
+def test_rows_without_discriminator_need_no_pictures_and_record_only_what_they_use(
+    tmp_path: Path, method: dict[str, Any]
+):
+    """Gradients flow through the frozen networks for rows with k1 or k2 only; SDS has no critic."""
+    trainer = build(Config.model_validate(settings(tmp_path, method=method, data={"kind": "conditions_only"})))
+    inner: Any = trainer.method
+    teacher, recorded = inner.teacher.denoiser.network.unet.conv_out, []
+    teacher.register_forward_hook(lambda _m, _i, out: recorded.append(out.requires_grad))
+    if inner.row.critic:
+        critic = trainer.bare["critic"].network.unet.conv_out  # type: ignore[union-attr]
+        critic.register_forward_hook(lambda _m, _i, out: recorded.append(out.requires_grad))
+    trainer.run_step()  # at first the critic is the teacher, and there is no difference to follow
+    recorded.clear()
+    before = [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    trainer.turn("student", 0)
+    assert recorded == [inner.row.second_order] * (2 if inner.row.critic else 1)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.bare["student"].parameters(), strict=True))
+    assert set(trainer.bare) == ({"student", "critic"} if inner.row.critic else {"student"})
+    assert inner.critic_turns == (3 if inner.row.critic else 0)
+
+
+@pytest.mark.parametrize(
+    "method", [{"kind": "pretrain"}, {"kind": "score_matching"}, *DATA_FREE, *WITH_PICTURES], ids=name_of
+)
+def test_every_method_trains_and_exports(tmp_path: Path, method: dict[str, Any]):
+    values = settings(tmp_path, method=dict(method), train__steps=2)
+    if method["kind"] in ("pretrain", "score_matching"):
+        values["method"] |= {"channels": [8, 16], "patch": 4}
+    if method["kind"] == "pretrain":
         del values["teacher"]
     assert run_training(Config.model_validate(values)) == 0
     assert (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_steps"] == 0 and last["grad_norm/student"] > 0
+
+
+def test_a_run_goes_on_from_another_runs_student(base: Path, tmp_path: Path):
+    """The long recipe: reverse KL first, then forward KL from its student and critic."""
+    method = {"kind": "uni_instruct", "start": str(base / "whole"), "gan": {"width": 8}}
+    trainer = build(Config.model_validate(settings(base, "next", method=method)))
+    for name, folder in (("student", "student"), ("critic", "critic")):
+        step = checkpoint.list_steps(base / "whole" / "checkpoints")[-1]
+        file = "ema.safetensors" if name == "student" else "model.safetensors"
+        saved = load_file(base / "whole" / "checkpoints" / f"step-{step}" / folder / file)
+        own = dict(trainer.bare[name].named_parameters())
+        assert len(own) > 50 and all(torch.equal(saved[key], own[key]) for key in own)
 
 
 def test_other_settings_do_not_continue_a_run(base: Path):
