@@ -341,8 +341,8 @@ class Stage(Schema):
     """Name of its folder, e.g. dm."""
     method: StageMethod
     """A row of the table, or score_matching."""
-    steps: int = Field(gt=0)
-    """Student optimizer steps."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Its share of train.steps, which are those of one student; the shares of all stages make 1."""
     student: Optimizer | None = None
     """Optimizer of the student; null: the run's."""
     critic: Optimizer | None = None

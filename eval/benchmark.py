@@ -1,20 +1,28 @@
 """Seconds and memory of training turns: ``python -m eval.benchmark --step f_distill``.
 
-Runs the trainer's own dry run in a process for each batch size, so that peaks of memory do not mix. Compare figures of
-one call only.
+Runs the trainer's own dry run in a process for each batch size, so that peaks of memory do not mix. ``--step routing``
+times several students on a mixed batch against one of them alone. Compare figures of one call only.
 """
 
 import json
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from eval.fid import run
+from models import teachers
+from models.condition import Condition
 from models.errors import UserError
+from models.multi_student import MultiStudent, assemble, consecutive
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +31,10 @@ ROOT = Path(__file__).parent.parent
 class Options:
     """Measure student and critic turns."""
 
-    step: Literal["pretrain", "diff_instruct", "dmd2", "f_distill"] = "f_distill"
-    """Method whose turns are measured."""
+    step: Literal[
+        "pretrain", "sds", "diff_instruct", "dmd2", "f_distill", "sim", "sid", "sida", "uni_instruct", "routing"
+    ] = "f_distill"
+    """Method whose turns are measured; routing: generation by several students of this network."""
     teacher: str = "embedded:fashion_mnist"
     """Network: folder of a teacher, or embedded:NAME. Its resolution is the resolution measured."""
     batch: tuple[int, ...] = (32, 64, 128)
@@ -35,6 +45,8 @@ class Options:
     """Data settings, as YAML."""
     set: tuple[str, ...] = ()
     """More overrides of the training settings: --set method.reuse_samples=false."""
+    students: int = 4
+    """Students of --step routing."""
 
 
 def measure(options: Options, batch: int) -> dict[str, Any]:
@@ -56,8 +68,37 @@ def measure(options: Options, batch: int) -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index("\n{") :])
 
 
+def routing(options: Options, repeats: int = 15) -> None:
+    """Print the seconds of one student and of several on the same mixed batch, medians of alternating calls."""
+    source = teachers.resolve(options.teacher)
+    with tempfile.TemporaryDirectory() as temporary:
+        part, folder = Path(temporary) / "part", Path(temporary) / "several"
+        shutil.copytree(source, part)
+        index = json.loads((part / "model_index.json").read_text()) | {"sigma_init": 2.5}
+        (part / "model_index.json").write_text(json.dumps(index))
+        owner = consecutive(index["num_classes"], options.students).tolist()
+        assemble(folder, [part] * options.students, owner)
+        several = MultiStudent(folder)
+        one = several.student(0)
+        print(f"routing, {options.teacher}, {options.students} students")
+        print(f"{'batch':>6}{'one s':>11}{'several s':>11}{'ratio':>8}")
+        for batch in options.batch:
+            z = torch.randn(batch, index["channels"], index["size"], index["size"])
+            cond = Condition(class_ids=torch.arange(batch) % index["num_classes"])
+            seconds: dict[str, list[float]] = {"one": [], "several": []}
+            for name, make in [("one", one), ("several", several.generate)] * (repeats + 1):
+                started = time.perf_counter()
+                with torch.no_grad():
+                    make(z, cond)
+                seconds[name].append(time.perf_counter() - started)
+            alone, mixed = (statistics.median(values[1:]) for values in seconds.values())
+            print(f"{batch:>6}{alone:>11.4f}{mixed:>11.4f}{mixed / alone:>8.2f}", flush=True)
+
+
 def main(options: Options) -> None:
     """Print a table: seconds per turn, pictures per second of the student turn, GiB at the peak."""
+    if options.step == "routing":
+        return routing(options)
     title = f"{options.step}, {'own network' if options.step == 'pretrain' else options.teacher}"
     print(f"{title}, precision {options.precision}")
     print(f"{'batch':>6}{'student s':>11}{'critic s':>10}{'ratio':>8}{'pictures/s':>12}{'peak GiB':>10}  device")

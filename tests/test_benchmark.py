@@ -30,3 +30,14 @@ def test_a_mistake_is_one_line(tmp_path: Path):
     line = [sys.executable, "-m", "eval.benchmark", "--teacher", str(tmp_path / "nowhere")]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_routing_is_timed_against_one_student(tmp_path: Path):
+    settings(tmp_path)
+    line = [sys.executable, "-m", "eval.benchmark", "--step", "routing", "--teacher", str(tmp_path / "teacher")]
+    line += ["--students", "2", "--batch", "3", "6"]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [[float(value) for value in row.split()] for row in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == [3, 6]
+    assert all(row[3] == pytest.approx(row[2] / row[1], rel=0.2) for row in rows)

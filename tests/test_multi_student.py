@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill import losses, rows
@@ -258,9 +259,9 @@ def test_scores_are_those_of_the_students_together(several: Path) -> None:
 def plan(base: Path, **changes: object) -> dict[str, object]:
     """Two students of one class each, through all three stages."""
     stages = [
-        {"name": "tsm", "method": {"kind": "score_matching", "channels": [8, 16], "patch": 4}, "steps": 2},
-        {"name": "dm", "method": {"kind": "diff_instruct", "critic_turns": 1}, "steps": 2},
-        {"name": "adm", "method": {"kind": "dmd2", "critic_turns": 1, "gan": {"width": 8}}, "steps": 2},
+        {"name": "tsm", "method": {"kind": "score_matching", "channels": [8, 16], "patch": 4}, "share": 0.4},
+        {"name": "dm", "method": {"kind": "diff_instruct", "critic_turns": 1}, "share": 0.3},
+        {"name": "adm", "method": {"kind": "dmd2", "critic_turns": 1, "gan": {"width": 8}}, "share": 0.3},
     ]
     return {"kind": "multi_student", "students": 2, "stages": stages} | changes
 
@@ -300,6 +301,7 @@ def test_each_student_sees_its_own_classes_and_all_pairs(tmp_path: Path) -> None
     owner, students = plan_students(config, config.method)  # type: ignore[arg-type]
     assert owner == [0, 1]
     for k, stages in students.items():
+        assert [stage.train.steps for stage in stages] == [2, 2, 2]
         assert [stage.classes for stage in stages] == [[k]] * 3
         assert [getattr(stage.method, "start", None) for stage in stages[1:]] == [stage.output for stage in stages[:-1]]
         stream, shape, _ = build_stream(stages[-1], 0, 1)
@@ -311,12 +313,10 @@ def test_each_student_sees_its_own_classes_and_all_pairs(tmp_path: Path) -> None
 
 def test_later_stages_go_on_with_the_critic(tmp_path: Path) -> None:
     method = plan(tmp_path)
-    method["stages"] = method["stages"][1:]  # type: ignore[index]
+    method["stages"] = [stage | {"share": 0.5} for stage in method["stages"][1:]]  # type: ignore[index]
     config = Config.model_validate(settings(tmp_path, method=method, train__steps=4))
     first, second = runs(config, config.method, 0, [0])  # type: ignore[arg-type]
     assert run_training(first) == 0
-    from safetensors.torch import load_file
-
     saved = load_file(first.output / "checkpoints/step-2/critic/model.safetensors")
     networks = build_method(second, (1, 16, 16), ["a", "b"])[0].networks
     assert all(torch.equal(value, saved[name]) for name, value in networks["critic"].state_dict().items())
@@ -343,9 +343,10 @@ def test_stages_must_fit_together(tmp_path: Path) -> None:
         return str(caught.value)
 
     stages = plan(tmp_path)["stages"]
-    assert "train.steps: 5, but the stages of one student have 6" in error(method=plan(tmp_path), train__steps=5)
+    assert "the shares [0.3] do not make 1" in error(method=plan(tmp_path, stages=stages[1:2]))  # type: ignore[index]
+    assert "train.steps: 5 steps are too few for 3 stages" in error(method=plan(tmp_path), train__steps=5)
     assert "divides all classes itself" in error(method=plan(tmp_path), classes=[0])
-    tsm_last = plan(tmp_path, stages=stages[:1])  # type: ignore[index]
-    assert "makes no one-step student" in error(method=tsm_last, train__steps=2)
+    tsm_last = plan(tmp_path, stages=[stages[0] | {"share": 1.0}])  # type: ignore[index]
+    assert "makes no one-step student" in error(method=tsm_last)
     tsm_second = plan(tmp_path, stages=[stages[1], stages[0], stages[2]])  # type: ignore[index]
     assert "can only come first" in error(method=tsm_second)

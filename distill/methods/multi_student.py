@@ -31,7 +31,10 @@ def folder(config: Config, student: int) -> Path:
 def runs(config: Config, settings: MultiStudent, student: int, classes: list[int]) -> list[Config]:
     """One student's runs, in order. Each starts from the one before; regression pairs are those of all classes."""
     plan: list[Config] = []
+    done, share = 0, 0.0
     for stage in settings.stages:
+        share += stage.share
+        steps, done = round(share * config.train.steps) - done, round(share * config.train.steps)
         method = stage.method
         if plan and isinstance(method, ScoreMatching):
             raise UserError(f"method.stages: {stage.name} is score_matching, which can only come first")
@@ -43,7 +46,7 @@ def runs(config: Config, settings: MultiStudent, student: int, classes: list[int
             "classes": classes,
             "student": stage.student or config.student,
             "critic": stage.critic or config.critic,
-            "train": config.train.model_copy(update={"steps": stage.steps, "seed": config.train.seed + student}),
+            "train": config.train.model_copy(update={"steps": steps, "seed": config.train.seed + student}),
             "evaluation": config.evaluation.model_copy(update={"num_images": 0}),
         }
         plan.append(config.model_copy(update=changes))
@@ -59,5 +62,7 @@ def check(config: Config, settings: MultiStudent) -> None:
         raise UserError("method.stages: the last one is score_matching, which makes no one-step student")
     if config.classes is not None:
         raise UserError("classes: multi_student divides all classes itself; remove the key")
-    if config.train.steps != (total := sum(stage.steps for stage in settings.stages)):
-        raise UserError(f"train.steps: {config.train.steps}, but the stages of one student have {total} together")
+    if abs(sum(stage.share for stage in settings.stages) - 1) > 1e-6:
+        raise UserError(f"method.stages: the shares {[stage.share for stage in settings.stages]} do not make 1")
+    if config.train.steps < 2 * len(names):
+        raise UserError(f"train.steps: {config.train.steps} steps are too few for {len(names)} stages")
