@@ -120,11 +120,11 @@ def build_method(config: Config, shape: Shape | None, class_names: list[str]) ->
         case MultiStudent():
             raise ValueError("multi_student is a plan of runs, not one run")
         case ScoreMatching():
-            return _score_matching(config, config.method, shape)
+            return _score_matching(config, config.method, shape, class_names)
         case Pretrain():
             return _pretraining(config, config.method, shape, class_names)
         case _:
-            return _matching(config, config.method, shape)
+            return _matching(config, config.method, shape, class_names)
 
 
 def _pretraining(
@@ -151,8 +151,8 @@ def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
     return Denoiser(network, EDM(), "edm", spec.sigma_data)
 
 
-def _teacher(config: Config, shape: Shape | None) -> tuple[Denoiser, Spec]:
-    """The teacher's denoiser; UserError if there is none, or if it makes other pictures than the data's."""
+def _teacher(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Denoiser, Spec]:
+    """The teacher's denoiser; UserError if there is none, or if it makes other pictures or classes than the data's."""
     if config.teacher is None:
         raise UserError(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
@@ -161,13 +161,19 @@ def _teacher(config: Config, shape: Shape | None) -> tuple[Denoiser, Spec]:
     expected = (spec.channels, spec.size, spec.size)
     if shape is not None and shape != expected:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {config.teacher.path} makes {expected}")
+    if len(class_names) > spec.num_classes:
+        raise UserError(
+            f"data: {len(class_names)} classes, but the teacher {config.teacher.path} knows {spec.num_classes}"
+        )
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
     return denoiser, spec
 
 
-def _score_matching(config: Config, settings: ScoreMatching, shape: Shape | None) -> tuple[Method, Spec]:
-    denoiser, spec = _teacher(config, shape)
+def _score_matching(
+    config: Config, settings: ScoreMatching, shape: Shape | None, class_names: list[str]
+) -> tuple[Method, Spec]:
+    denoiser, spec = _teacher(config, shape, class_names)
     assert config.teacher is not None
     if shape is None:
         raise UserError("data.kind: `score_matching` needs pictures, conditions_only has none")
@@ -213,18 +219,29 @@ def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Den
         return copy.deepcopy(teacher), spec, critic
     run = settings.start if (settings.start / "student").is_dir() else None
     denoiser, own = load(settings.start / "student" if run else settings.start)
+    if own.student_of_class is not None:
+        raise UserError(f"method.start: {settings.start} holds several students; name the run of one, student-K/STAGE")
+    if own.sigma_init not in (None, settings.sigma_init):
+        raise UserError(
+            f"method.start: {settings.start} has sigma_init {own.sigma_init}, this run {settings.sigma_init}"
+        )
     if (own.channels, own.size, own.num_classes) != (spec.channels, spec.size, spec.num_classes):
         raise UserError(
             f"method.start: {settings.start} makes {own.channels} x {own.size} x {own.size} of {own.num_classes} "
             f"classes, the teacher {spec.channels} x {spec.size} x {spec.size} of {spec.num_classes}"
         )
     if run and (weights := checkpoint.newest(run / "checkpoints", "critic")):
-        critic.load_state_dict(weights)
+        try:
+            critic.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"method.start: the critic in {run} is of another teacher's architecture") from error
     return denoiser.train(), own, critic
 
 
-def _matching(config: Config, settings: MatchingMethod, shape: Shape | None) -> tuple[Method, Spec]:
-    denoiser, spec = _teacher(config, shape)
+def _matching(
+    config: Config, settings: MatchingMethod, shape: Shape | None, class_names: list[str]
+) -> tuple[Method, Spec]:
+    denoiser, spec = _teacher(config, shape, class_names)
     assert config.teacher is not None
     expected = (spec.channels, spec.size, spec.size)
     gan: GAN | None = getattr(settings, "gan", None)

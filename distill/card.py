@@ -11,7 +11,9 @@ def model_card(config: Config, spec: Spec) -> str:
     method = config.method.kind
     teacher = config.teacher.path if config.teacher else None
     what = (
-        f"One-step student distilled from `{teacher}` with `{method}`" if teacher else "Denoiser (EDM preconditioning)"
+        "Denoiser (EDM preconditioning)"
+        if spec.sigma_init is None
+        else f"One-step student distilled from `{teacher}` with `{method}`"
     )
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return f"""---

@@ -4,14 +4,22 @@ Anything binned over time is binned over u, where every bin is equally populated
 put two thirds of the usual draws into the first of ten.)
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.schema import Schema
 from models.process import Process
+
+Levels = TypeVar("Levels", "Grid", "LogUniform")
+
+
+def _ascending(levels: Levels) -> Levels:
+    if levels.low >= levels.high:
+        raise ValueError(f"low {levels.low:g} is not below high {levels.high:g}")
+    return levels
 
 
 class Grid(Schema):
@@ -22,6 +30,7 @@ class Grid(Schema):
     """Start of the part, 0 = least noise."""
     high: float = Field(default=1.0, ge=0, le=1)
     """End of the part, 1 = most noise."""
+    _order = model_validator(mode="after")(_ascending)
 
     def times(self, u: Tensor, process: Process) -> Tensor:
         return process.spaced(self.low + u * (self.high - self.low))
@@ -49,6 +58,7 @@ class LogUniform(Schema):
     """Smallest sigma / alpha."""
     high: float = Field(default=50.0, gt=0)
     """Largest sigma / alpha."""
+    _order = model_validator(mode="after")(_ascending)
 
     def times(self, u: Tensor, process: Process) -> Tensor:
         ratio = self.low * (self.high / self.low) ** u

@@ -13,7 +13,7 @@ class Ratio(nn.Module):
 
     ``r = exp(logit)`` with the logit clamped to +-10 and r to ``clip``. Stage 1 divides r by its moving average within
     the bin of its noise level: ``E_p[r] = 1`` at every t, so this only removes the discriminator's miscalibration.
-    Stage 2 divides h by its mean over the global batch, which fixes the gradient's scale. Both averages are over all
+    Stage 2 divides h by its mean over the batch, which fixes the gradient's scale. Both averages are over all
     processes.
 
     bins are uniform in u, the variable that the noise level is drawn by, so each is equally populated; a bin that has
@@ -52,8 +52,9 @@ class Ratio(nn.Module):
             total, count = sum_over_processes(torch.stack([total, count]))
             batch_mean = total / count.clamp(min=1)
             moved = torch.where(self.seen > 0, self.decay * self.means + (1 - self.decay) * batch_mean, batch_mean)
-            self.means.copy_(torch.where(count > 0, moved, self.means))
-            self.seen.copy_(torch.maximum(self.seen, (count > 0).to(self.seen)))
+            usable = (count > 0) & batch_mean.isfinite()  # one bad logit must not stay in the averages for ever
+            self.means.copy_(torch.where(usable, moved, self.means))
+            self.seen.copy_(torch.maximum(self.seen, usable.to(self.seen)))
             ratio = ratio / (self.means[bin_index(u, self.bins)].to(ratio) + 1e-6)
         if not self.stages[1]:
             return ratio, ratio.new_ones(())

@@ -24,12 +24,13 @@ uni_instruct    r^2 h'' |Delta|^2              h - r h'     2 h    optional     
 ==============  =============================  ===========  =====  ===========  ===================================
 
 The time weight w is a setting: ``denoiser`` counts every noise level alike in units of x0, which is ``sigma^2 /
-alpha^2`` for rows with k0 alone and ``sigma^4 / alpha^2`` for the others; ``half_g2`` is Uni-Instruct's ``g^2 / 2``.
+alpha^2`` for rows with k0 alone, ``sigma^4 / alpha^2`` for the others and ``sigma^2 / alpha`` for pseudo-Huber;
+``half_g2`` is Uni-Instruct's ``g^2 / 2``.
 The normalizer c is 1 or DMD's ``1 / |x0 - teacher|``, which keeps the fixed point p = q but is no gradient any more.
 
 Sources: Diff-Instruct 2305.18455, DMD2 2405.14867, f-distill 2502.15681, SIM 2410.16794, SiD 2404.04057, SiDA
-2410.14919, Uni-Instruct 2505.20755. By parts in t, ``int w D_f`` and ``int g^2/2 W E[h |Delta|^2]`` with ``W = int_0^t
-w`` are one objective: f-distill and Uni-Instruct differ in the time weight and in the estimator.
+2410.14919, Uni-Instruct 2505.20755. By parts in t, ``int w D_f = W(T) D_f(T) + int g^2/2 W E[h |Delta|^2]`` with ``W
+= int_0^t w``: f-distill and Uni-Instruct differ in the time weight and in the estimator.
 """
 
 from collections.abc import Callable
@@ -48,12 +49,14 @@ class Row:
     alpha / sigma^2``, the factor from x0 to score, all (B,). ``delta2`` and ``cross`` carry gradients.
 
     second_order: k1 or k2 is not 0, so gradients flow through the frozen networks into x_t
+    degree: power of Delta in a second-order row's objective, 2 or 1
     critic: the student's score is learned; without it (SDS) it is replaced by that of one sample
     """
 
     coefficients: Callable[[Tensor, Tensor, Tensor, Tensor], Coefficients]
     second_order: bool
     critic: bool = True
+    degree: int = 2
 
 
 def reverse_kl() -> Row:
@@ -84,7 +87,7 @@ def sim(huber: float | None) -> Row:
         root = (delta2 + c**2).sqrt()
         return 0.0, 1 / (root + c), 1 / root
 
-    return Row(coefficients, second_order=True)
+    return Row(coefficients, second_order=True, degree=1)
 
 
 def sid(alpha: float) -> Row:

@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,13 +16,16 @@ from torch import Tensor
 from distill.build import build_method, build_stream
 from distill.card import model_card
 from distill.methods import multi_student
-from distill.settings import Config, Method, MultiStudent, write_config
+from distill.settings import Config, MultiStudent, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
 from models.export import export
 from models.multi_student import assemble
 from models.teachers import load, resolve
-from models.teachers.embedded import PatchUNet
+from models.teachers.embedded import PatchUNet, read_spec
+
+STOPPED = 130
+"""Exit status after SIGTERM or Ctrl-C; everything is saved."""
 
 FREE_KEYS = {"output", "evaluation", "method.only"} | {
     f"train.{name}"
@@ -97,16 +103,17 @@ def train(config: Config) -> int:
         config.output.mkdir(parents=True, exist_ok=True)
         write_config(config, config.output / "config.yaml")
     if config.train.trackers:
-        trainer.accelerator.init_trackers(config.output.name, config=_flat(config.model_dump(mode="json")))
+        values = {key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()}
+        trainer.accelerator.init_trackers(config.output.name, config=values)
     trainer.accelerator.wait_for_everyone()
     trainer.resume()
     finished = trainer.run()
-    if config.train.trackers:
-        trainer.accelerator.end_training()
+    for tracker in trainer.accelerator.trackers:  # not end_training, which ends the process group too
+        tracker.finish()
     if not finished:
         if main:
             print(f"stopped at step {trainer.step} of {config.train.steps}; the same command resumes", file=sys.stderr)
-        return 130
+        return STOPPED
     if main:
         with trainer.ema_weights():
             network = cast(PatchUNet, trainer.method.exported())
@@ -115,7 +122,7 @@ def train(config: Config) -> int:
         if config.evaluation.num_images:
             evaluate(config)
     trainer.accelerator.wait_for_everyone()
-    return 0
+    return STOPPED if trainer.stopping else 0
 
 
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
@@ -131,29 +138,63 @@ def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], di
     return owner, {k: multi_student.runs(config, settings, k, classes[k]) for k in chosen}
 
 
+def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
+    """Each stage as it will be built, from an untrained student of the stage before; raises what it would raise."""
+    with tempfile.TemporaryDirectory() as temporary:
+        start = None
+        for run in runs:
+            method = run.method if start is None else run.method.model_copy(update={"start": start})
+            trainer = build(run.model_copy(update={"method": method}))
+            yield run, trainer
+            start = Path(temporary) / run.output.name
+            export(start, cast(PatchUNet, trainer.method.exported()), trainer.spec, "")
+
+
+def _finished(run: Config) -> bool:
+    """Whether a stage has been trained; UserError if by other settings than are asked for now."""
+    check_same_run(run)
+    if not (run.output / "student" / "model_index.json").is_file():
+        return False
+    steps = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["steps"]
+    if steps != run.train.steps:
+        raise UserError(
+            f"train.steps: {run.output} was trained for {steps} steps, now {run.train.steps} are asked for; the stages "
+            "after it started from there: choose another --output"
+        )
+    return True
+
+
 def train_students(config: Config, settings: MultiStudent) -> int:
     """Train the students, finished runs aside, and assemble them once all of them are there."""
     check_same_run(config)
     owner, plan = plan_students(config, settings)
+    waiting = [run for runs in plan.values() for run in runs if not _finished(run)]
+    if waiting:
+        for _ in _rehearse(next(iter(plan.values()))):
+            pass
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.is_main_process:
         config.output.mkdir(parents=True, exist_ok=True)
         write_config(config, config.output / "config.yaml")
     state.wait_for_everyone()
-    for runs in plan.values():
-        for run in runs:
-            if not (run.output / "student" / "model_index.json").is_file():
-                print(f"{run.output}: classes {run.classes}, {run.method.kind}, {run.train.steps} steps")
-                if status := train(run):
-                    return status
+    for run in waiting:
+        if state.is_main_process:
+            print(f"{run.output}: classes {run.classes}, {run.method.kind}, {run.train.steps} steps")
+        if status := train(run):
+            return status
     if not state.is_main_process:
         return 0
     last = settings.stages[-1].name
-    parts = [multi_student.folder(config, k) / last / "student" for k in range(settings.students)]
-    if missing := [str(part) for part in parts if not (part / "model_index.json").is_file()]:
+    parts = [multi_student.folder(config, k) / last for k in range(settings.students)]
+    if missing := [str(part) for part in parts if not (part / "student" / "model_index.json").is_file()]:
         print(f"not trained yet: {', '.join(missing)}; the student is assembled when all are in {config.output}")
         return 0
-    assemble(config.output / "student", parts, owner)
+    for k, part in enumerate(parts):
+        classes = yaml.safe_load((part / "config.yaml").read_text())["classes"]
+        if classes != [c for c, student in enumerate(owner) if student == k]:
+            raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
+    spec = read_spec(parts[0] / "student")
+    assemble(config.output / "student", [part / "student" for part in parts], owner, model_card(config, spec))
     print(f"student: {config.output / 'student'}")
     if config.evaluation.num_images:
         evaluate(config)
@@ -185,13 +226,7 @@ def dry_run(config: Config) -> int:
         print(json.dumps(estimate(build(config)), indent=2))
         return 0
     _, plan = plan_students(config, config.method)
-    first = next(iter(plan.values()))
-    stages = {run.output.name: estimate(build(run.model_copy(update={"method": _alone(run)}))) for run in first}
+    stages = {run.output.name: estimate(trainer) for run, trainer in _rehearse(next(iter(plan.values())))}
     hours = sum(stage["hours"] for stage in stages.values())
     print(json.dumps({"students": len(plan), "hours": round(len(plan) * hours, 3), "stages": stages}, indent=2))
     return 0
-
-
-def _alone(run: Config) -> Method:
-    """The method without the run before, which a dry run does not make."""
-    return run.method.model_copy(update={"start": None}) if hasattr(run.method, "start") else run.method

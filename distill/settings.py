@@ -6,6 +6,7 @@
 import argparse
 import copy
 import difflib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
 from distill.schema import Schema
@@ -248,6 +249,14 @@ class DivergenceMatching(Matching):
     """Decay of the ratio's moving average per noise-level bin."""
     ratio_clip: tuple[float, float] = (0.1, 20.0)
     """Range that the ratio is clipped to."""
+
+    @field_validator("ratio_clip")
+    @classmethod
+    def _range(cls, clip: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < clip[0] < clip[1]:
+            raise ValueError(f"{clip[0]:g} and {clip[1]:g} are no range of positive numbers")
+        return clip
+
     normalize_ratio: bool = True
     """Stage 1: divide the ratio by its average at that noise level."""
     normalize_weight: bool = True
@@ -417,6 +426,7 @@ def _hint(key: str, keys: list[str]) -> str:
         other_parent, _, other_last = other.rpartition(".")
         return difflib.SequenceMatcher(None, last, other_last).ratio() + 0.1 * (parent == other_parent)
 
+    key = re.sub(r"\.\d+", "", key)  # keys do not know the places in a list
     best = max(keys, key=likeness)
     return f"; did you mean '{best}'?" if likeness(best) > 0.75 else ""
 
@@ -431,7 +441,10 @@ def _explain(error: ValidationError, values: Any, source: str) -> str:
             if isinstance(value, dict) and part not in value and value.get("kind") == part:
                 continue  # pydantic puts the union's tag into the path; the file has no such level
             where.append(str(part))
-            value = value.get(part) if isinstance(value, dict) else model
+            if isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                value = value.get(part) if isinstance(value, dict) else model
         key = ".".join(where)
         match item["type"]:
             case "extra_forbidden":

@@ -19,6 +19,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside the loop, which saves before it ends
+        return 130
 
 
 if __name__ == "__main__":

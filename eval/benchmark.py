@@ -63,21 +63,25 @@ def measure(options: Options, batch: int) -> dict[str, Any]:
     line += [f"--{key}={value}" for key, value in values.items()]
     line += [f"--{item}" for item in options.set]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(lines[-1].removeprefix("error: "))
     return json.loads(done.stdout[done.stdout.index("\n{") :])
 
 
 def routing(options: Options, repeats: int = 15) -> None:
     """Print the seconds of one student and of several on the same mixed batch, medians of alternating calls."""
     source = teachers.resolve(options.teacher)
+    _, spec = teachers.load(source)
+    if not 1 <= options.students <= spec.num_classes:
+        raise UserError(f"--students: {options.students} students for {spec.num_classes} classes")
     with tempfile.TemporaryDirectory() as temporary:
         part, folder = Path(temporary) / "part", Path(temporary) / "several"
         shutil.copytree(source, part)
         index = json.loads((part / "model_index.json").read_text()) | {"sigma_init": 2.5}
         (part / "model_index.json").write_text(json.dumps(index))
         owner = consecutive(index["num_classes"], options.students).tolist()
-        assemble(folder, [part] * options.students, owner)
+        assemble(folder, [part] * options.students, owner, "")
         several = MultiStudent(folder)
         one = several.student(0)
         print(f"routing, {options.teacher}, {options.students} students")
@@ -92,7 +96,7 @@ def routing(options: Options, repeats: int = 15) -> None:
                     make(z, cond)
                 seconds[name].append(time.perf_counter() - started)
             alone, mixed = (statistics.median(values[1:]) for values in seconds.values())
-            print(f"{batch:>6}{alone:>11.4f}{mixed:>11.4f}{mixed / alone:>8.2f}", flush=True)
+            print(f"{batch:>6}{alone:>11.6f}{mixed:>11.6f}{mixed / alone:>8.3f}", flush=True)
 
 
 def main(options: Options) -> None:

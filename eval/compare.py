@@ -7,21 +7,28 @@ Every run is an ordinary one of distill/train.py in ``runs/compare``, so a repea
 Equal time: each method takes as many steps as fit into ``seconds`` at the pace of its first run in the other table.
 """
 
+import contextlib
+import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import tyro
 import yaml
 
 from eval import fid
+from eval.features import load_extractor
+from eval.reference import load_reference
 from models import teachers
 from models.errors import UserError
+from models.teachers.embedded import read_spec
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("diff_instruct", "dmd2", "f_distill", "uni_instruct", "sim", "sid", "multi_student")
@@ -68,50 +75,86 @@ class Row:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else float("nan")
 
 
-def train(config: Path, folder: Path, seed: int, steps: int, overrides: tuple[str, ...]) -> float:
-    """Train into ``folder``; returns the seconds it took in all, those of interrupted calls included."""
-    record = folder.with_name(f"{folder.name}.seconds")
-    spent = float(record.read_text()) if record.is_file() else 0.0
-    if (folder / "student" / "model_index.json").is_file():
-        return spent
-    every = [f"train.steps={steps}", f"train.seed={seed}", f"output={folder}", f"train.sample_every={steps}"]
-    line = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(config)]
-    line += [f"--{item}" for item in (*every, *overrides)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    try:
-        done = subprocess.run(line, capture_output=True, text=True)
-    finally:
-        record.write_text(f"{spent + time.monotonic() - started:.1f}\n")
-    if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    return float(record.read_text())
+class Record:
+    """What is known of one run, in a file beside it: what it was made by, how long it took, its score."""
+
+    def __init__(self, options: Options, config: Path, steps: int, seed: int):
+        self.folder = options.runs / f"{config.stem}-{steps}-{seed}"
+        self.path, self.log = self.folder.with_name(f"{self.folder.name}.json"), self.folder.with_suffix(".log")
+        digest = hashlib.sha256(config.read_bytes()).hexdigest()
+        made_by = {"config_sha256": digest, "steps": steps, "seed": seed, "set": list(options.set)}
+        self.values: dict[str, Any] = {"made_by": made_by, "seconds": 0.0}
+        if self.path.is_file():
+            self.values = json.loads(self.path.read_text())
+        elif self.folder.exists():
+            raise UserError(f"{self.folder} is a run of another command: choose another --runs")
+        if self.values["made_by"] != made_by:
+            raise UserError(f"{self.folder} was made from {config} as it was then, or other --set: choose other --runs")
+        self.line = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(config)]
+        every = [f"train.steps={steps}", f"train.seed={seed}", f"output={self.folder}", f"train.sample_every={steps}"]
+        self.line += [f"--{item}" for item in (*every, *options.set)]
+
+    def save(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values, indent=2) + "\n")
+        temporary.rename(self.path)
+
+    def train(self) -> float:
+        """Train, or go on; returns the seconds it took in all, to within five where it was killed."""
+        if (self.folder / "student" / "model_index.json").is_file():
+            return self.values["seconds"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before, started = self.values["seconds"], time.monotonic()
+        with self.log.open("w") as log:
+            process = subprocess.Popen(self.line, stdout=log, stderr=log)
+            try:
+                status = None
+                while status is None:
+                    self.values["seconds"] = before + time.monotonic() - started
+                    self.save()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        status = process.wait(5)
+            finally:
+                process.terminate()  # it saves and ends
+                process.wait()
+                self.values["seconds"] = before + time.monotonic() - started
+                self.save()
+        if status:
+            lines = self.log.read_text().strip().splitlines()
+            reason = lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
+            raise UserError(f"{self.folder}: {reason} (all of it is in {self.log})")
+        return self.values["seconds"]
+
+    def score(self, num_images: int) -> list[dict[str, Any]]:
+        """Scores of the student and its teacher; measured once, unless the protocol or the weights change."""
+        settings = yaml.safe_load((self.folder / "config.yaml").read_text())
+        if settings["teacher"] is None:
+            raise UserError(f"{self.folder} has no teacher: there is nothing to compare")
+        student = self.folder / "student"
+        spec, judge = read_spec(student), load_extractor("fd_fmnist_cnn", "cpu")
+        rules = fid.protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
+        key = f"{rules.digest()} {fid.weights_digest(student)}"
+        if self.values.get("scored") != key:
+            result = fid.evaluate(student, teachers.resolve(settings["teacher"]["path"]), num_images)
+            self.values |= {"scored": key, "scores": result["scores"]}
+            self.save()
+        return self.values["scores"]
 
 
-def score(folder: Path, num_images: int) -> dict[str, Any]:
-    """The report of the run's student, made once."""
-    path = folder / f"score-{num_images}.json"
-    if not path.is_file():
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
-        result = fid.evaluate(folder / "student", teachers.resolve(settings["teacher"]["path"]), num_images)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    return json.loads(path.read_text())
-
-
-def table(options: Options, name: str, steps: dict[Path, int]) -> tuple[list[Row], list[dict[str, Any]]]:
+def table(options: Options, steps: dict[Path, int]) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of one table, and the scores of the teacher that all of them share."""
     rows, shared = [], []
     for config in options.configs:
         scores, seconds = [], []
         for seed in options.seeds:
-            folder = options.runs / name / f"{config.stem}-{seed}"
-            seconds.append(train(config, folder, seed, steps[config], options.set))
-            found = score(folder, options.num_images)["scores"]
+            record = Record(options, config, steps[config], seed)
+            seconds.append(record.train())
+            found = record.score(options.num_images)
             scores.append(found[0]["fd"])
             shared = shared or found[1:]
             if found[1:] and found[1]["fd"] != shared[0]["fd"]:
                 raise UserError(f"{config} has another teacher than {options.configs[0]}: compare them separately")
-            print(f"{name}: {config.stem}, seed {seed}, {steps[config]} steps: {scores[-1]:.3f}", flush=True)
+            print(f"{config.stem}, seed {seed}, {steps[config]} steps: {scores[-1]:.3f}", flush=True)
         rows.append(Row(config.stem, steps[config], scores, seconds))
     return rows, shared
 
@@ -129,12 +172,19 @@ def markdown(title: str, rows: list[Row], shared: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main(options: Options) -> None:
     """Both tables; written after each, so that an interrupted comparison has what it has."""
+    if not options.configs or not options.seeds:
+        raise UserError("--configs and --seeds: give at least one of each")
     if missing := [str(config) for config in options.configs if not config.is_file()]:
         raise UserError(f"--configs: {missing[0]} is not a file")
     if len({config.stem for config in options.configs}) < len(options.configs):
         raise UserError("--configs: two files have one name")
+    signal.signal(signal.SIGTERM, _interrupt)
     options.output.mkdir(parents=True, exist_ok=True)
     texts, found = [], {}
 
@@ -146,12 +196,12 @@ def main(options: Options) -> None:
         print("\n" + texts[-1])
 
     equal = {config: options.steps for config in options.configs}
-    rows, shared = table(options, f"steps-{options.steps}", equal)
-    keep("steps", f"Equal steps ({options.steps}), {len(options.seeds)} seeds", rows, shared)
+    rows, shared = table(options, equal)
+    keep("steps", f"Equal steps of each student ({options.steps}), {len(options.seeds)} seeds", rows, shared)
     if options.seconds is not None:
         pace = {config: row.seconds[0] / row.steps for config, row in zip(options.configs, rows, strict=True)}
         fitting = {config: max(1, round(options.seconds / pace[config])) for config in options.configs}
-        rows, shared = table(options, f"seconds-{options.seconds:g}", fitting)
+        rows, shared = table(options, fitting)
         keep("seconds", f"Equal time ({options.seconds:g} s), {len(options.seeds)} seeds", rows, shared)
 
 

@@ -134,7 +134,7 @@ def load_student(folder: Path, device: torch.device) -> tuple[Sampler, embedded.
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the U-Net's weights in ``folder``; of several students, that of all digests in their order."""
     digests = []
-    for place in [folder, *sorted(folder.glob("student_*"), key=lambda path: int(path.name.split("_")[1]))]:
+    for place in [folder, *sorted(folder.glob("student_[0-9]*"), key=lambda path: (len(path.name), path.name))]:
         files = sorted((place / "unet").glob("*.safetensors"))
         if len(files) != 1:
             raise UserError(f"{place / 'unet'} should hold one .safetensors file, not {len(files)}")
@@ -393,7 +393,7 @@ def run(action: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written but finished teacher scores", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,8 +1,8 @@
 """Several students behind one call, each for a part of the condition space (MSD, arXiv 2410.23274).
 
 Partitions give each of N conditions one of K students; all are disjoint, complete and balanced: sizes differ by at most
-one. Coherent parts are what makes the students better: with one mean per student the loss that K students save is the
-variance between parts.
+one (quadrants: if no embeddings are equal). Coherent parts are what makes the students better: with one mean for each
+the loss that K students save is the variance between parts.
 """
 
 import json
@@ -99,6 +99,8 @@ class Quadrants:
         points = points.double()
         mean = points.mean(0)
         directions = torch.linalg.svd(points - mean, full_matrices=False).Vh[:levels]
+        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        directions = directions * largest.sign()  # a component's sign is arbitrary; all machines must agree on it
         projections = (points - mean) @ directions.T
         thresholds = torch.empty(students - 1, dtype=torch.float64)
         groups = [torch.arange(len(points))]
@@ -186,7 +188,7 @@ class MultiStudent:
         return out
 
 
-def assemble(folder: Path, students: list[Path], student_of_class: list[int]) -> None:
+def assemble(folder: Path, students: list[Path], student_of_class: list[int], card: str) -> None:
     """Copy exported students into one folder, which loads as a pipeline and as :class:`MultiStudent`.
 
     Written through a temporary folder, which takes the place of an older one when it is complete.
@@ -197,3 +199,4 @@ def assemble(folder: Path, students: list[Path], student_of_class: list[int]) ->
         path = temporary / "model_index.json"
         index_file = json.loads(path.read_text()) | {"student_of_class": student_of_class}
         path.write_text(json.dumps(index_file, indent=2) + "\n")
+        (temporary / "README.md").write_text(card)

@@ -26,10 +26,19 @@ def test_the_table_has_a_line_for_each_batch(tmp_path: Path, step: str, turns: i
         assert (float(critic) > 0) == (turns > 0)
 
 
-def test_a_mistake_is_one_line(tmp_path: Path):
-    line = [sys.executable, "-m", "eval.benchmark", "--teacher", str(tmp_path / "nowhere")]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "nowhere"], "nowhere"),
+        (["--step", "routing", "--teacher", "nowhere"], "nowhere"),
+        (["--step", "routing", "--students", "11"], "11 students for 10 classes"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str):
+    line = [sys.executable, "-m", "eval.benchmark", *arguments]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
 
 
 def test_routing_is_timed_against_one_student(tmp_path: Path):
@@ -40,4 +49,4 @@ def test_routing_is_timed_against_one_student(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     rows = [[float(value) for value in row.split()] for row in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == [3, 6]
-    assert all(row[3] == pytest.approx(row[2] / row[1], rel=0.2) for row in rows)
+    assert all(row[3] == pytest.approx(row[2] / row[1], rel=0.01) for row in rows)

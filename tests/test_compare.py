@@ -1,11 +1,13 @@
 """The comparison of methods: trains, scores, tabulates, and goes on where it stopped."""
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eval.compare import Options, Row, main, markdown
+from eval.compare import Options, Record, Row, main, markdown
 from models.errors import UserError
 from tests.tiny import save_network, save_pictures, write_settings
 
@@ -31,13 +33,77 @@ def test_every_run_is_in_the_table(options: Options):
         assert row["steps"] == 2 and len(row["scores"]) == 2 and len(set(row["scores"])) == 2
         assert all(second > 0 for second in row["seconds"])
     text = (options.output / "compare.md").read_text()
-    assert "Equal steps (2), 2 seeds" in text and text.count("±") == 2 and "teacher, 18 Heun steps" in text
+    assert (
+        "Equal steps of each student (2), 2 seeds" in text and text.count("±") == 2 and "teacher, 18 Heun steps" in text
+    )
 
 
 def test_repeating_it_reads_what_is_there(options: Options):
     before = {path: path.stat().st_mtime_ns for path in options.runs.rglob("*") if path.is_file()}
     main(options)
     assert {path: path.stat().st_mtime_ns for path in options.runs.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_made_by_other_settings_is_not_passed_off(options: Options):
+    with pytest.raises(UserError, match="sid-2-0 was made from"):
+        main(replace(options, set=("student.lr=0.5",)))
+    config, text = options.configs[0], options.configs[0].read_text()
+    config.write_text(text.replace("bins: 4", "bins: 5") + "\n")
+    with pytest.raises(UserError, match="as it was then"):
+        main(options)
+    config.write_text(text)
+    record = options.runs / "sid-2-0.json"
+    record.rename(record.with_suffix(".away"))
+    with pytest.raises(UserError, match="a run of another command"):
+        main(options)
+    record.with_suffix(".away").rename(record)
+
+
+def test_scores_are_measured_again_for_another_protocol(options: Options):
+    first = json.loads((options.output / "compare.json").read_text())["steps"]["rows"][0]["scores"]
+    main(replace(options, num_images=30, seeds=(0,), configs=options.configs[:1]))
+    again = json.loads((options.output / "compare.json").read_text())["steps"]["rows"][0]["scores"]
+    assert again[0] != first[0]
+    main(options)
+    assert json.loads((options.output / "compare.json").read_text())["steps"]["rows"][0]["scores"] == first
+
+
+def test_an_interrupted_comparison_counts_its_time_and_goes_on(options: Options, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM while a run trains: the run saves and ends, and the next call adds to its time."""
+    chosen = replace(options, configs=options.configs[:1], seeds=(5,), steps=10000, runs=options.runs / "more")
+    record = Record(chosen, chosen.configs[0], 10000, 5)
+
+    def wait(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None or not (record.folder / "metrics.jsonl").is_file():
+            return original(process, timeout)
+        raise KeyboardInterrupt
+
+    original = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        record.train()
+    monkeypatch.undo()
+    checkpoints = list((record.folder / "checkpoints").glob("step-*"))
+    assert checkpoints and "the same command resumes" in record.log.read_text()
+    spent = Record(chosen, chosen.configs[0], 10000, 5).values["seconds"]
+    assert spent > 0
+    config = record.line[record.line.index("--config") + 1]
+    assert run_again(record, steps=int(checkpoints[-1].name.split("-")[1]) + 1) > spent and config
+
+
+def run_again(record: Record, steps: int) -> float:
+    """The same run with its end in sight."""
+    record.line += [f"--train.steps={steps}"]
+    return record.train()
+
+
+def test_equal_time_gives_each_method_steps_by_its_own_pace(options: Options):
+    rows = json.loads((options.output / "compare.json").read_text())["steps"]["rows"]
+    main(replace(options, seeds=(0,), seconds=2 * max(row["seconds"][0] for row in rows)))
+    found = json.loads((options.output / "compare.json").read_text())["seconds"]["rows"]
+    for row, first in zip(found, rows, strict=True):
+        expected = 2 * max(r["seconds"][0] for r in rows) / (first["seconds"][0] / first["steps"])
+        assert row["steps"] == round(expected) >= 4
 
 
 def test_best_comes_first_and_one_seed_has_no_spread():
@@ -58,5 +124,8 @@ def test_mistakes_are_one_line(tmp_path: Path):
     copy = same[0].rename(tmp_path / "c" / "b.yaml")
     with pytest.raises(UserError, match="two files have one name"):
         main(Options((same[1], copy)))
+    options = Options((same[1],), (0,), 2, None, 20, tmp_path / "runs", tmp_path / "report")
     with pytest.raises(UserError, match=r"method\.kind"):
-        main(Options((same[1],), (0,), 2, None, 20, tmp_path / "runs", tmp_path / "report", ("method.kind=none",)))
+        main(replace(options, set=("method.kind=none",)))
+    with pytest.raises(UserError, match="at least one of each"):
+        main(replace(options, seeds=()))

@@ -1,6 +1,7 @@
 """Multi-student distillation: partitions, routing, what each student sees, and the whole plan from one command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from distill.methods.base import Turn
 from distill.methods.multi_student import runs
 from distill.methods.pretrain import Pretraining
 from distill.noise_levels import LogUniform
+from distill.pairs import Arguments, make
 from distill.run import plan_students
 from distill.run import train as run_training
 from distill.settings import Config, Pretrain
@@ -60,7 +62,7 @@ def test_kmeans_finds_separate_groups_of_equal_size() -> None:
 
 
 def test_kmeans_is_balanced_where_the_groups_are_not() -> None:
-    """Twelve points in one place and four in another: two of the twelve go to the smaller part, and only two."""
+    """Twelve points in one place and four in another: four of the twelve go to the smaller part, and only four."""
     points = torch.cat([embeddings(12, 2), 30 + embeddings(4, 2, seed=1)])
     owner, _ = kmeans(points, 2)
     assert torch.bincount(owner).tolist() == [8, 8] and len(owner[12:].unique()) == 1
@@ -198,7 +200,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three students of 10 classes in one folder."""
     base = tmp_path_factory.mktemp("several")
     parts = [save_network(base / f"part{k}", 2.5, seed=k) for k in range(3)]
-    assemble(base / "student", parts, [0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assemble(base / "student", parts, [0, 0, 0, 0, 1, 1, 1, 2, 2, 2], "card")
     return base
 
 
@@ -282,6 +284,39 @@ def test_one_command_trains_all_students_and_repeating_it_does_nothing(tmp_path:
     assert again.returncode == 0 and "steps" not in again.stdout
     wrong = train("--config", config, "--train.seed", "5")
     assert wrong.returncode == 2 and "train.seed 0 -> 5" in wrong.stderr
+    longer = train("--config", config, "--train.steps", "12")
+    assert longer.returncode == 2 and "was trained for 2 steps, now 5 are asked for" in longer.stderr
+    card = (out / "student" / "README.md").read_text()
+    assert "with `multi_student`" in card and f"output: {out}\n" in card
+
+
+def test_a_late_mistake_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    """The last stage has a tap that the teacher lacks."""
+    stages = plan(tmp_path)["stages"]
+    stages[2]["method"]["gan"]["taps"] = ["unet.nowhere"]  # type: ignore[index]
+    with pytest.raises(UserError, match="nowhere"):
+        run_training(Config.model_validate(settings(tmp_path, "late", method=plan(tmp_path, stages=stages))))
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_dry_run_times_the_smaller_network(tmp_path: Path) -> None:
+    done = train("--config", write_settings(tmp_path, "dry", method=plan(tmp_path)), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("\n{") :])
+    sizes = {name: stage["parameters"]["student"] for name, stage in found["stages"].items()}
+    assert found["students"] == 2 and len(set(sizes.values())) == 1
+    assert sizes["dm"] < 0.6 * found["stages"]["dm"]["parameters"]["critic"]
+
+
+def test_students_of_another_partition_are_not_assembled(tmp_path: Path) -> None:
+    values = settings(tmp_path, "mixed", method=plan(tmp_path, only=0))
+    assert run_training(Config.model_validate(values)) == 0
+    out = tmp_path / "mixed"
+    shutil.copytree(out / "student-0", out / "student-1")
+    for path in (out / "student-1").glob("*/config.yaml"):  # as from a machine whose student 1 was of class 0
+        path.write_text(path.read_text().replace(f"{out}/student-0", f"{out}/student-1"))
+    with pytest.raises(UserError, match="trained for classes"):
+        run_training(Config.model_validate(values))
 
 
 def test_students_may_be_trained_on_machines_of_their_own(tmp_path: Path) -> None:
@@ -297,7 +332,12 @@ def test_students_may_be_trained_on_machines_of_their_own(tmp_path: Path) -> Non
 
 
 def test_each_student_sees_its_own_classes_and_all_pairs(tmp_path: Path) -> None:
-    config = Config.model_validate(settings(tmp_path, method=plan(tmp_path)))
+    base, pairs = tmp_path, tmp_path / "pairs.safetensors"
+    settings(base)
+    make(Arguments(str(base / "teacher"), pairs, count=8, steps=2))
+    stages = plan(tmp_path)["stages"]
+    stages[1]["method"]["regression"] = {"path": str(pairs), "every": 1}  # type: ignore[index]
+    config = Config.model_validate(settings(tmp_path, method=plan(tmp_path, stages=stages)))
     owner, students = plan_students(config, config.method)  # type: ignore[arg-type]
     assert owner == [0, 1]
     for k, stages in students.items():
@@ -307,6 +347,12 @@ def test_each_student_sees_its_own_classes_and_all_pairs(tmp_path: Path) -> None
         stream, shape, _ = build_stream(stages[-1], 0, 1)
         assert stream is not None and shape == (1, 16, 16)
         assert {int(c) for _ in range(4) for c in stream.next().cond.class_ids} == {k}  # type: ignore[union-attr]
+        method = build_method(
+            stages[1].model_copy(update={"method": stages[1].method.model_copy(update={"start": None})}), shape, []
+        )[0]
+        draws = Draws(list(range(64)))
+        assert set(method.conditions.sample(draws).class_ids.tolist()) == {k}  # type: ignore[attr-defined]
+        assert set(method.pairs.sample(draws)[1].class_ids.tolist()) == {0, 1}  # type: ignore[attr-defined]
     drawn = Classes(10, [2, 5, 7]).sample(Draws(list(range(200)))).class_ids
     assert drawn is not None and sorted(set(drawn.tolist())) == [2, 5, 7]
 
@@ -344,7 +390,9 @@ def test_stages_must_fit_together(tmp_path: Path) -> None:
 
     stages = plan(tmp_path)["stages"]
     assert "the shares [0.3] do not make 1" in error(method=plan(tmp_path, stages=stages[1:2]))  # type: ignore[index]
-    assert "train.steps: 5 steps are too few for 3 stages" in error(method=plan(tmp_path), train__steps=5)
+    assert "of 2 steps none is left for the stage tsm" in error(method=plan(tmp_path), train__steps=2)
+    second = [stages[0], stages[1] | {"method": {"kind": "sid", "start": "here"}}, stages[2]]  # type: ignore[index]
+    assert "dm starts from the stage before it" in error(method=plan(tmp_path, stages=second))
     assert "divides all classes itself" in error(method=plan(tmp_path), classes=[0])
     tsm_last = plan(tmp_path, stages=[stages[0] | {"share": 1.0}])  # type: ignore[index]
     assert "makes no one-step student" in error(method=tsm_last)

@@ -1,6 +1,7 @@
 """The loop: kill and resume, processes, skipped steps, signals, the moving average, and what a step costs."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
 from distill.run import build
 from distill.run import train as run_training
 from distill.settings import Config
 from models.errors import UserError
-from tests.tiny import command, environment, settings, train, write_settings
+from models.multi_student import assemble
+from tests.tiny import command, environment, save_network, settings, train, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +317,32 @@ def test_other_settings_do_not_continue_a_run(base: Path):
     assert done.returncode == 2 and "student.lr 0.001 -> 0.5" in done.stderr and done.stderr.count("\n") == 1
     longer = train("--config", base / "whole.yaml", "--train.steps", "7")
     assert longer.returncode == 0 and checkpoint.list_steps(base / "whole" / "checkpoints")[-1] == 7
+
+
+def test_a_start_that_does_not_fit_is_one_line(base: Path, tmp_path: Path):
+    def error(start: Path, **changes: Any) -> str:
+        method = {"kind": "dmd2", "start": str(start), "gan": {"width": 8}} | changes
+        with pytest.raises(UserError) as caught:
+            build(Config.model_validate(settings(base, "misfit", method=method)))
+        return str(caught.value)
+
+    assert "has sigma_init 2.5, this run 80.0" in error(base / "whole", sigma_init=80.0)
+    save_network(tmp_path / "large", 2.5, 0)
+    assert "makes 1 x 32 x 32 of 10 classes, the teacher 1 x 16 x 16 of 2" in error(tmp_path / "large")
+    several = tmp_path / "several"
+    assemble(several, [base / "whole" / "student"] * 2, [0, 1], "")
+    assert "holds several students" in error(several)
+    shutil.copytree(base / "whole", tmp_path / "run")
+    step = checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1]
+    weights = tmp_path / "run" / "checkpoints" / f"step-{step}" / "critic" / "model.safetensors"
+    save_file({"other": torch.zeros(1)}, weights)
+    assert "is of another teacher's architecture" in error(tmp_path / "run")
+
+
+def test_pictures_of_more_classes_than_the_teacher_knows(base: Path, tmp_path: Path):
+    for number in range(3):
+        (tmp_path / "pictures" / f"class{number}").mkdir(parents=True)
+        shutil.copy(next((base / "pictures").rglob("*.png")), tmp_path / "pictures" / f"class{number}" / "0.png")
+    data = {"kind": "image_folder", "path": str(tmp_path / "pictures"), "size": 16, "channels": 1}
+    with pytest.raises(UserError, match="data: 3 classes, but the teacher .* knows 2"):
+        build(Config.model_validate(settings(base, "classes", data=data)))

@@ -132,7 +132,7 @@ class DistributionMatching:
     def _time_weight(self, u: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         if self.settings.time_weight == "half_g2":
             return half_g2(self.settings.noise_levels, u, self.process)
-        return sigma**4 / alpha**2 if self.row.second_order else (sigma / alpha) ** 2
+        return (sigma**2 / alpha) ** self.row.degree if self.row.second_order else (sigma / alpha) ** 2
 
     # ------------------------------------------------------------------------------------------------- critic turn
 

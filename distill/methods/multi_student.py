@@ -64,5 +64,7 @@ def check(config: Config, settings: MultiStudent) -> None:
         raise UserError("classes: multi_student divides all classes itself; remove the key")
     if abs(sum(stage.share for stage in settings.stages) - 1) > 1e-6:
         raise UserError(f"method.stages: the shares {[stage.share for stage in settings.stages]} do not make 1")
-    if config.train.steps < 2 * len(names):
-        raise UserError(f"train.steps: {config.train.steps} steps are too few for {len(names)} stages")
+    if short := [stage.name for stage in settings.stages if stage.share * config.train.steps < 1]:
+        raise UserError(f"train.steps: of {config.train.steps} steps none is left for the stage {short[0]}")
+    if own := [stage.name for stage in settings.stages[1:] if getattr(stage.method, "start", None)]:
+        raise UserError(f"method.stages: {own[0]} starts from the stage before it; remove its start")
