@@ -139,6 +139,16 @@ def test_history_belongs_to_a_checkpoint() -> None:
     assert float(other.means[2]) == 3
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_does_not_stay_in_the_averages(bad: float) -> None:
+    weight, u = stage_one(), torch.tensor([0.05, 0.55])
+    weight(torch.tensor([bad, 2.0]), u)
+    assert torch.equal(weight.means, torch.tensor([1.0] * 5 + [2.0] + [1.0] * 4)) and weight.seen.sum() == 1
+    weight(torch.tensor([3.0, 2.0]), u)
+    weight(torch.tensor([bad, bad]), u)
+    assert float(weight.means[0]) == 3 and float(weight.means[5]) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- stage 2
 
 

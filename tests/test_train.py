@@ -344,5 +344,5 @@ def test_pictures_of_more_classes_than_the_teacher_knows(base: Path, tmp_path: P
         (tmp_path / "pictures" / f"class{number}").mkdir(parents=True)
         shutil.copy(next((base / "pictures").rglob("*.png")), tmp_path / "pictures" / f"class{number}" / "0.png")
     data = {"kind": "image_folder", "path": str(tmp_path / "pictures"), "size": 16, "channels": 1}
-    with pytest.raises(UserError, match="data: 3 classes, but the teacher .* knows 2"):
+    with pytest.raises(UserError, match=r"data: 3 classes, but the teacher .* knows 2"):
         build(Config.model_validate(settings(base, "classes", data=data)))
