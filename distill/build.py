@@ -1,7 +1,7 @@
 """From settings to objects: the one place where the kinds of data and method are told apart."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,13 +95,13 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
         case HFData():
             dataset = hf_dataset(data, rank, world)
-            rows = HFPictures(dataset, data.size, data.channels, data.image_column, data.label_column)
+            whole = HFPictures(dataset, data.size, data.channels, data.image_column, data.label_column)
             if data.streaming:
                 if config.classes is not None:
                     dataset = dataset.filter(_of_classes(config.classes, data.label_column))
-                stream = StreamedPictures(dataset, size, rows.shape, data.image_column, data.label_column)
-                return stream, rows.shape, rows.class_names
-            pictures = rows
+                stream = StreamedPictures(dataset, size, whole.shape, data.image_column, data.label_column)
+                return stream, whole.shape, whole.class_names
+            pictures = whole
         case ConditionsOnly():
             return None, None, []
     if len(pictures) == 0:
@@ -151,7 +151,7 @@ def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
     return Denoiser(network, EDM(), "edm", spec.sigma_data)
 
 
-def _teacher(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Denoiser, Spec]:
+def load_teacher(config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()) -> tuple[Denoiser, Spec]:
     """The teacher's denoiser; UserError if there is none, or if it makes other pictures or classes than the data's."""
     if config.teacher is None:
         raise UserError(
@@ -173,7 +173,7 @@ def _teacher(config: Config, shape: Shape | None, class_names: list[str]) -> tup
 def _score_matching(
     config: Config, settings: ScoreMatching, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, Spec]:
-    denoiser, spec = _teacher(config, shape, class_names)
+    denoiser, spec = load_teacher(config, shape, class_names)
     assert config.teacher is not None
     if shape is None:
         raise UserError("data.kind: `score_matching` needs pictures, conditions_only has none")
@@ -241,7 +241,7 @@ def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Den
 def _matching(
     config: Config, settings: MatchingMethod, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, Spec]:
-    denoiser, spec = _teacher(config, shape, class_names)
+    denoiser, spec = load_teacher(config, shape, class_names)
     assert config.teacher is not None
     expected = (spec.channels, spec.size, spec.size)
     gan: GAN | None = getattr(settings, "gan", None)

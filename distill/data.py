@@ -156,17 +156,13 @@ class FashionMNIST:
             raise UserError(f"{folder} is damaged ({error}): delete it and run `make data`") from error
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
         self.pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))).unsqueeze(1)
-        self._labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
-
-    @property
-    def labels(self) -> Tensor:
-        return self._labels
+        self.labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def get(self, indices: list[int]) -> Batch:
-        return Batch(self.pixels[indices].float() / 127.5 - 1, Condition(class_ids=self._labels[indices]))
+        return Batch(self.pixels[indices].float() / 127.5 - 1, Condition(class_ids=self.labels[indices]))
 
 
 # ------------------------------------------------------------------------------- image folders and HF datasets

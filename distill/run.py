@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from distill.build import build_method, build_stream
+from distill.build import build_method, build_stream, load_teacher
 from distill.card import model_card
 from distill.methods import multi_student
 from distill.settings import Config, MultiStudent, write_config
@@ -21,7 +21,7 @@ from distill.trainer import Trainer
 from models.errors import UserError
 from models.export import export
 from models.multi_student import assemble
-from models.teachers import load, resolve
+from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
 
 STOPPED = 130
@@ -128,14 +128,11 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    if config.teacher is None:
-        raise UserError("teacher: missing; multi_student distils one, e.g. teacher: {path: embedded:fashion_mnist}")
-    denoiser, spec = load(config.teacher.path)
+    denoiser, spec = load_teacher(config)
     weights = cast(PatchUNet, denoiser.network).unet.class_embedding.weight  # type: ignore[union-attr]
     owner = multi_student.student_of_class(settings, cast(Tensor, weights).detach()[: spec.num_classes])
     chosen = range(settings.students) if settings.only is None else [settings.only]
-    classes = {k: [c for c, student in enumerate(owner) if student == k] for k in chosen}
-    return owner, {k: multi_student.runs(config, settings, k, classes[k]) for k in chosen}
+    return owner, {k: multi_student.runs(config, settings, k, multi_student.classes_of(k, owner)) for k in chosen}
 
 
 def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
@@ -191,7 +188,7 @@ def train_students(config: Config, settings: MultiStudent) -> int:
         return 0
     for k, part in enumerate(parts):
         classes = yaml.safe_load((part / "config.yaml").read_text())["classes"]
-        if classes != [c for c, student in enumerate(owner) if student == k]:
+        if classes != multi_student.classes_of(k, owner):
             raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
     spec = read_spec(parts[0] / "student")
     assemble(config.output / "student", [part / "student" for part in parts], owner, model_card(config, spec))

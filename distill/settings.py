@@ -180,6 +180,7 @@ class ScoreMatching(Pretrain):
     """Teacher score matching (MSD, arXiv 2410.23274): a new, smaller network learns the teacher's denoising.
 
     What it makes is no one-step student yet, but what one starts from whose network is not the teacher's.
+    ``sigma_data`` is the teacher's, whatever is given here.
     """
 
     kind: Literal["score_matching"] = "score_matching"  # type: ignore[assignment]

@@ -135,7 +135,7 @@ class Record:
         rules = fid.protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
         key = f"{rules.digest()} {fid.weights_digest(student)}"
         if self.values.get("scored") != key:
-            result = fid.evaluate(student, teachers.resolve(settings["teacher"]["path"]), num_images)
+            result = fid.evaluate(student, teachers.resolve(settings["teacher"]["path"]), num_images, timed=False)
             self.values |= {"scored": key, "scores": result["scores"]}
             self.save()
         return self.values["scores"]

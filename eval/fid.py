@@ -301,12 +301,14 @@ def evaluate(
     device: torch.device | str | None = None,
     remeasure_teacher: bool = False,
     grid: Path | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Score the exported student in folder ``student`` and the teacher in ``teacher`` with n pictures each.
 
     ``teacher`` is a folder (``models.teachers.resolve`` turns embedded:NAME into one), or None for none.
-    Returns what report.json holds: protocol, provenance, cautions, scores (each with its floor), speed. With ``grid``
-    the pictures of both on the same noise are saved there. UserError for n below 10 and folders that do not fit.
+    Returns what report.json holds: protocol, provenance, cautions, scores (each with its floor), speed (None unless
+    ``timed``). With ``grid`` the pictures of both on the same noise are saved there. UserError for n below 10 and
+    folders that do not fit.
     """
     if n < MIN_IMAGES:
         raise UserError(f"num_images: {n} is too few for a distance: give at least {MIN_IMAGES}, better 4000")
@@ -356,7 +358,7 @@ def evaluate(
         "provenance": provenance,
         "cautions": cautions(n, judge.dim, judge.name),
         "scores": rows,
-        "speed": speed(samplers, spec, min(batch, 100), place),
+        "speed": speed(samplers, spec, min(batch, 100), place) if timed else None,
         "class_names": spec.class_names,
     }
 

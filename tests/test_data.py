@@ -109,14 +109,23 @@ def write_shards(folder: Path, shards: int = 3, rows: int = 4) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_only_the_classes_that_were_asked_for(tmp_path: Path, streaming: bool):
-    source = {
+def webdataset(folder: Path, streaming: bool) -> dict[str, Any]:
+    """Data settings for shards written into ``folder``."""
+    return {
         "kind": "hf_dataset",
         "path": "webdataset",
-        "data_files": str(write_shards(tmp_path / "shards") / "*.tar"),
+        "data_files": str(write_shards(folder / "shards") / "*.tar"),
+        "streaming": streaming,
+        "image_column": "png",
+        "label_column": "cls",
+        "size": 8,
+        "channels": 1,
     }
-    source |= {"streaming": streaming, "image_column": "png", "label_column": "cls", "size": 8, "channels": 1}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_only_the_classes_that_were_asked_for(tmp_path: Path, streaming: bool):
+    source = webdataset(tmp_path, streaming)
     config = Config.model_validate(settings(tmp_path, data=source, classes=[1], train__batch_size=4))
     stream, _, _ = build_stream(config, 0, 1)
     assert stream is not None
@@ -131,16 +140,7 @@ def test_only_the_classes_that_were_asked_for(tmp_path: Path, streaming: bool):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_webdataset_through_the_same_interface_with_exact_position(tmp_path: Path, streaming: bool):
-    source = {
-        "kind": "hf_dataset",
-        "path": "webdataset",
-        "data_files": str(write_shards(tmp_path / "shards") / "*.tar"),
-        "streaming": streaming,
-        "image_column": "png",
-        "label_column": "cls",
-        "size": 8,
-        "channels": 1,
-    }
+    source = webdataset(tmp_path, streaming)
     config = Config.model_validate(settings(tmp_path, data=source, train__batch_size=5))
     numbers = lambda batch: [round((float(v) + 1) * 12.75) for v in batch.images[:, 0, 0, 0]]
 

@@ -11,9 +11,10 @@ import torch
 
 from models.condition import Condition
 from models.errors import UserError
+from models.pipelines import class_conditional
 from models.seeds import Draws
 from models.student import OneStepStudent, heun
-from models.teachers import load
+from models.teachers import PRETRAINED, load
 from tests.tiny import save_network
 
 ELSEWHERE = """
@@ -72,3 +73,10 @@ def test_damaged_folders_are_one_line(tmp_path: Path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="patch"):
         load(folder)
+
+
+def test_the_embedded_teachers_carry_the_pipeline_of_today():
+    folders = [folder for folder in PRETRAINED.iterdir() if (folder / "model_index.json").is_file()]
+    assert folders
+    for folder in folders:
+        assert (folder / "pipeline.py").read_text() == Path(class_conditional.__file__).read_text(), folder

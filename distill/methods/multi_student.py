@@ -23,6 +23,11 @@ def student_of_class(settings: MultiStudent, embeddings: Tensor) -> list[int]:
     return partition(settings.partition, embeddings, settings.students).tolist()
 
 
+def classes_of(student: int, owner: list[int]) -> list[int]:
+    """The classes that ``owner``, the student of each class, gives to one student."""
+    return [index for index, number in enumerate(owner) if number == student]
+
+
 def folder(config: Config, student: int) -> Path:
     """Where the runs of one student lie."""
     return config.output / f"student-{student}"
