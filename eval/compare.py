@@ -4,17 +4,21 @@
     python -m eval.compare --seconds 300 --output report/compare   # and once more with equal time
 
 Every run is an ordinary one of distill/train.py in ``runs/compare``, so a repeated command goes on where it stopped.
-Equal time: each method takes as many steps as fit into ``seconds`` at the pace of its first run in the other table.
+Equal time: each method takes as many steps as fit into ``seconds`` at the pace of its fastest run in the other table;
+where that is within a twentieth of the steps it had there, the runs are the same.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,12 +52,21 @@ class Options:
     """Training time of every run in the second table; None: no second table."""
     num_images: int = 4000
     """Pictures to score each student on."""
+    jobs: int = 1
+    """Runs side by side, each on its share of the CPU cores: done sooner, and their times compare with each other."""
     runs: Path = Path("runs/compare")
     """Where the runs lie."""
     output: Path = Path("report/compare")
     """Folder for compare.json and compare.md."""
     set: tuple[str, ...] = ()
     """Overrides of every configuration: --set train.batch_size=32."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """``set``, and the threads of one run of several."""
+        cores = len(os.sched_getaffinity(0))
+        threads = [f"train.cpu_threads={max(1, cores // self.jobs)}"] if self.jobs > 1 else []
+        return [*threads, *self.set]
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class Record:
         self.folder = options.runs / f"{config.stem}-{steps}-{seed}"
         self.path, self.log = self.folder.with_name(f"{self.folder.name}.json"), self.folder.with_suffix(".log")
         digest = hashlib.sha256(config.read_bytes()).hexdigest()
-        made_by = {"config_sha256": digest, "steps": steps, "seed": seed, "set": list(options.set)}
+        made_by = {"config_sha256": digest, "steps": steps, "seed": seed, "set": options.overrides}
         self.values: dict[str, Any] = {"made_by": made_by, "seconds": 0.0}
         if self.path.is_file():
             self.values = json.loads(self.path.read_text())
@@ -92,15 +105,15 @@ class Record:
             raise UserError(f"{self.folder} was made from {config} as it was then, or other --set: choose other --runs")
         self.line = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(config)]
         every = [f"train.steps={steps}", f"train.seed={seed}", f"output={self.folder}", f"train.sample_every={steps}"]
-        self.line += [f"--{item}" for item in (*every, *options.set)]
+        self.line += [f"--{item}" for item in (*every, *options.overrides)]
 
     def save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=2) + "\n")
         temporary.rename(self.path)
 
-    def train(self) -> float:
-        """Train, or go on; returns the seconds it took in all, to within five where it was killed."""
+    def train(self, stop: threading.Event | None = None) -> float:
+        """Train, or go on, until ``stop``; returns the seconds it took in all, to within five where it was killed."""
         if (self.folder / "student" / "model_index.json").is_file():
             return self.values["seconds"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +122,7 @@ class Record:
             process = subprocess.Popen(self.line, stdout=log, stderr=log)
             try:
                 status = None
-                while status is None:
+                while status is None and not (stop and stop.is_set()):
                     self.values["seconds"] = before + time.monotonic() - started
                     self.save()
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -141,22 +154,49 @@ class Record:
         return self.values["scores"]
 
 
+def train(options: Options, records: list[Record]) -> None:
+    """Train all of them, ``options.jobs`` at a time."""
+    stop = threading.Event()
+
+    def one(record: Record) -> None:
+        try:
+            if not stop.is_set() and (seconds := record.train(stop)) and not stop.is_set():
+                print(f"{record.folder.name}: trained in {seconds:.0f} s", flush=True)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            for finished in [pool.submit(one, record) for record in records]:
+                finished.result()
+        finally:
+            stop.set()
+
+
 def table(options: Options, steps: dict[Path, int]) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of one table, and the scores of the teacher that all of them share."""
+    records = {path: [Record(options, path, steps[path], seed) for seed in options.seeds] for path in options.configs}
+    train(options, [record for several in records.values() for record in several])
     rows, shared = [], []
-    for config in options.configs:
-        scores, seconds = [], []
-        for seed in options.seeds:
-            record = Record(options, config, steps[config], seed)
-            seconds.append(record.train())
+    for config, several in records.items():
+        scores = []
+        for record in several:
             found = record.score(options.num_images)
             scores.append(found[0]["fd"])
             shared = shared or found[1:]
             if found[1:] and found[1]["fd"] != shared[0]["fd"]:
                 raise UserError(f"{config} has another teacher than {options.configs[0]}: compare them separately")
-            print(f"{config.stem}, seed {seed}, {steps[config]} steps: {scores[-1]:.3f}", flush=True)
+            print(f"{record.folder.name}: {scores[-1]:.3f}", flush=True)
+        seconds = [record.values["seconds"] for record in several]
         rows.append(Row(config.stem, steps[config], scores, seconds))
     return rows, shared
+
+
+def steps_in(seconds: float, row: Row) -> int:
+    """Steps that fit into ``seconds``; the row's own where they are within a twentieth of them."""
+    steps = max(1, round(seconds / min(row.seconds) * row.steps))
+    return row.steps if abs(steps - row.steps) <= row.steps / 20 else steps
 
 
 def markdown(title: str, rows: list[Row], shared: list[dict[str, Any]]) -> str:
@@ -180,6 +220,8 @@ def main(options: Options) -> None:
     """Both tables; written after each, so that an interrupted comparison has what it has."""
     if not options.configs or not options.seeds:
         raise UserError("--configs and --seeds: give at least one of each")
+    if options.jobs < 1:
+        raise UserError("--jobs: at least 1")
     if missing := [str(config) for config in options.configs if not config.is_file()]:
         raise UserError(f"--configs: {missing[0]} is not a file")
     if len({config.stem for config in options.configs}) < len(options.configs):
@@ -199,8 +241,7 @@ def main(options: Options) -> None:
     rows, shared = table(options, equal)
     keep("steps", f"Equal steps of each student ({options.steps}), {len(options.seeds)} seeds", rows, shared)
     if options.seconds is not None:
-        pace = {config: row.seconds[0] / row.steps for config, row in zip(options.configs, rows, strict=True)}
-        fitting = {config: max(1, round(options.seconds / pace[config])) for config in options.configs}
+        fitting = {path: steps_in(options.seconds, row) for path, row in zip(options.configs, rows, strict=True)}
         rows, shared = table(options, fitting)
         keep("seconds", f"Equal time ({options.seconds:g} s), {len(options.seeds)} seeds", rows, shared)
 

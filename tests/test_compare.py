@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.compare import Options, Record, Row, main, markdown
+from eval.compare import Options, Record, Row, main, markdown, steps_in
 from models.errors import UserError
 from tests.tiny import save_network, save_pictures, write_settings
 
@@ -21,7 +21,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     configs = tuple(
         write_settings(base, kind, method={"kind": kind, "critic_turns": 1}, data=data) for kind in ("sid", "dmd2")
     )
-    chosen = Options(configs, (0, 1), 2, None, 20, base / "runs", base / "report")
+    chosen = Options(configs, (0, 1), 2, None, 20, jobs=2, runs=base / "runs", output=base / "report")
     main(chosen)
     return chosen
 
@@ -93,11 +93,16 @@ def test_an_interrupted_comparison_counts_its_time_and_goes_on(options: Options,
 
 def test_equal_time_gives_each_method_steps_by_its_own_pace(options: Options):
     rows = json.loads((options.output / "compare.json").read_text())["steps"]["rows"]
-    main(replace(options, seeds=(0,), seconds=2 * max(row["seconds"][0] for row in rows)))
+    seconds = 2 * max(row["seconds"][0] for row in rows)
+    main(replace(options, seeds=(0,), seconds=seconds))
     found = json.loads((options.output / "compare.json").read_text())["seconds"]["rows"]
     for row, first in zip(found, rows, strict=True):
-        expected = 2 * max(r["seconds"][0] for r in rows) / (first["seconds"][0] / first["steps"])
-        assert row["steps"] == round(expected) >= 4
+        assert row["steps"] == round(seconds / first["seconds"][0] * first["steps"]) >= 4
+
+
+def test_equal_time_repeats_no_run_of_nearly_the_same_steps():
+    row = Row("a", 200, [1.0, 1.0], [110.0, 100.0])
+    assert [steps_in(seconds, row) for seconds in (95, 100, 105, 120, 0.1)] == [200, 200, 200, 240, 1]
 
 
 def test_best_comes_first_and_one_seed_has_no_spread():
@@ -118,8 +123,10 @@ def test_mistakes_are_one_line(tmp_path: Path):
     copy = same[0].rename(tmp_path / "c" / "b.yaml")
     with pytest.raises(UserError, match="two files have one name"):
         main(Options((same[1], copy)))
-    options = Options((same[1],), (0,), 2, None, 20, tmp_path / "runs", tmp_path / "report")
+    options = Options((same[1],), (0,), 2, None, 20, runs=tmp_path / "runs", output=tmp_path / "report")
     with pytest.raises(UserError, match=r"method\.kind"):
         main(replace(options, set=("method.kind=none",)))
+    with pytest.raises(UserError, match="--jobs: at least 1"):
+        main(replace(options, jobs=0))
     with pytest.raises(UserError, match="at least one of each"):
         main(replace(options, seeds=()))
