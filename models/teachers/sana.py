@@ -1,0 +1,296 @@
+"""Sana checkpoints (arXiv 2410.10629) and SANA-Sprint students (arXiv 2503.09641) in diffusers' folder layout.
+
+The embedded miniature of the solids world is one of them: the same classes with small sizes.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+
+from models.condition import Condition
+from models.denoiser import Denoiser
+from models.folders import replace_folder
+from models.process import RectifiedFlow
+
+LONGEST = 300
+"""Tokens of a prompt that Sana's pipelines read; a tokenizer's own ``model_max_length`` may be shorter."""
+
+
+class SanaNetwork(nn.Module):
+    """A SanaTransformer2DModel as ``network(x, t, cond)`` with t the flow time in [0, 1]; predicts the velocity.
+
+    With a ``text_encoder`` (while it is trained too) ``cond.text`` holds token ids (B, L) in the place of embeddings.
+    """
+
+    def __init__(self, transformer: SanaTransformer2DModel, text_encoder: nn.Module | None = None):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """``x`` (B, C, H, W), ``t`` (B,); text and, where the transformer embeds it, guidance from ``cond``."""
+        if cond.text is None or cond.text_mask is None:
+            raise ValueError("this network is conditional on text: the condition has none")
+        text, config = cond.text, self.transformer.config
+        if self.text_encoder is not None:
+            text = self.text_encoder(text, attention_mask=cond.text_mask)[0]
+        guidance = None
+        if config["guidance_embeds"]:
+            if cond.guidance is None:
+                raise ValueError("this network embeds the guidance scale: the condition has none")
+            guidance = config["guidance_embeds_scale"] * cond.guidance
+        return self.transformer(
+            x,
+            encoder_hidden_states=text.to(x.dtype),
+            encoder_attention_mask=cond.text_mask,
+            timestep=1000 * config["timestep_scale"] * t,
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+
+
+def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """A copy that embeds the guidance scale and, before any training, gives the same output at every scale.
+
+    Only the last layer of the new embedder is zero: with all of them zero none but its bias would ever learn.
+    """
+    if transformer.config["guidance_embeds"]:
+        return copy.deepcopy(transformer)
+    grown = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=True)
+    names = {name: name.replace("time_embed.emb.", "time_embed.") for name in transformer.state_dict()}
+    state = {names[name]: value for name, value in transformer.state_dict().items()}
+    missing, unexpected = grown.load_state_dict(state, strict=False)
+    if unexpected or any(not name.startswith("time_embed.guidance_embedder.") for name in missing):
+        raise ValueError(f"the transformer does not fit its own class with guidance: {unexpected}, {missing}")
+    embedder = grown.time_embed.guidance_embedder  # type: ignore[union-attr]
+    nn.init.normal_(embedder.linear_1.weight, std=0.02)
+    nn.init.zeros_(embedder.linear_1.bias)
+    nn.init.zeros_(embedder.linear_2.weight)
+    nn.init.zeros_(embedder.linear_2.bias)
+    return grown.to(next(transformer.parameters()).dtype)
+
+
+@dataclass(frozen=True)
+class SanaSpec:
+    """What a Sana folder holds beside its transformer.
+
+    shape:         (C, H, W) of the latents
+    flow_shift:    of the teacher's own time grid
+    times:         TrigFlow times of a student's steps, falling, the first one pi / 2; None for a teacher
+    sigma_data:    of a student's TrigFlow process; latents are scaled to it
+    guidance:      scale that a student is asked for unless told otherwise
+    examples:      prompts of sample grids
+    joint:         prompts become token ids: the network holds the text encoder itself
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: nn.Module
+    vae: AutoencoderDC
+    shape: tuple[int, int, int]
+    flow_shift: float = 3.0
+    times: tuple[float, ...] | None = None
+    sigma_data: float = 0.5
+    guidance: float = 4.5
+    examples: tuple[str, ...] = ("",)
+    joint: bool = False
+    _null: list[Condition] = field(default_factory=list, repr=False)
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """(C, H, W) of a decoded picture."""
+        side = self.vae.spatial_compression_ratio
+        return self.vae.config["in_channels"], side * self.shape[1], side * self.shape[2]
+
+    @property
+    def max_length(self) -> int:
+        return min(LONGEST, self.tokenizer.model_max_length)
+
+    def to(self, device: torch.device | str) -> "SanaSpec":
+        """Move the frozen parts; a joint text encoder moves with its network."""
+        self.vae.to(device)
+        if not self.joint:
+            self.text_encoder.to(device)
+        self._null.clear()
+        return self
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) of about unit variance."""
+        return self.vae.encode(pictures).latent * self.vae.config["scaling_factor"]  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`; not clamped."""
+        return self.vae.decode(latents / self.vae.config["scaling_factor"]).sample  # type: ignore[union-attr]
+
+    def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
+        """Conditions for prompts, with the empty prompt as their null; on the autoencoder's device."""
+        if not self._null:
+            self._null.append(self._embed([""]))
+        null, cond = self._null[0], self._embed(prompts)
+        scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.vae.device)
+        return replace(cond, null_text=null.text, null_text_mask=null.text_mask, guidance=scale)
+
+    @torch.no_grad()
+    def _embed(self, prompts: Sequence[str]) -> Condition:
+        """As diffusers' Sana pipelines do it: lower case, padded on the right, no further instruction."""
+        self.tokenizer.padding_side = "right"
+        tokens = self.tokenizer(
+            [prompt.lower().strip() for prompt in prompts],
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids, mask = tokens.input_ids.to(self.vae.device), tokens.attention_mask.to(self.vae.device)
+        return Condition(text=ids if self.joint else self.text_encoder(ids, attention_mask=mask)[0], text_mask=mask)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of ``prompt`` that the tokenizer does not know; empty for tokenizers that spell out every word."""
+        unknown = self.tokenizer.unk_token_id
+        words = prompt.lower().split()
+        return [word for word in words if unknown in self.tokenizer(word, add_special_tokens=False).input_ids]
+
+    def save(self, folder: Path, network: SanaNetwork, card: str) -> None:
+        """Write ``folder`` through a temporary one, as SanaPipeline (teacher) or SanaSprintPipeline (student)."""
+        text_encoder = network.text_encoder or self.text_encoder
+        parts: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "text_encoder": text_encoder,
+            "vae": self.vae,
+            "transformer": network.transformer,
+        }
+        if self.times is None:
+            shift = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.flow_shift}
+            pipeline: Any = SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**shift))
+        else:
+            pipeline = SanaSprintPipeline(**parts, scheduler=SCMScheduler(sigma_data=self.sigma_data))
+        studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples}
+        with replace_folder(folder) as temporary:
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+            (temporary / "studio.json").write_text(json.dumps(studio, indent=2) + "\n")
+            (temporary / "README.md").write_text(card)
+
+
+def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
+    """The denoiser and everything else in ``folder``, in float32 and evaluation mode."""
+    transformer = SanaTransformer2DModel.from_pretrained(
+        folder / "transformer", use_safetensors=True, torch_dtype=torch.float32
+    )
+    vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
+    text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    studio = folder / "studio.json"
+    own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    side, config = transformer.config["sample_size"], transformer.config
+    spec = SanaSpec(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=text_encoder.requires_grad_(False).eval(),
+        vae=vae.requires_grad_(False).eval(),
+        shape=(config["in_channels"], side, side),
+        flow_shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)) or 1.0,
+        times=tuple(own["times"]) if own.get("times") else None,
+        sigma_data=scheduler.get("sigma_data", 0.5),
+        guidance=own.get("guidance", 4.5),
+        examples=tuple(own.get("examples", ("",))),
+    )
+    return denoiser(SanaNetwork(transformer), spec.flow_shift).eval(), spec
+
+
+def denoiser(network: SanaNetwork, flow_shift: float) -> Denoiser:
+    """Latents have unit variance, hence sigma_data = 1."""
+    return Denoiser(network, RectifiedFlow(flow_shift), "velocity", sigma_data=1.0)
+
+
+def new_transformer(
+    latent_channels: int, side: int, width: int, depth: int, text_width: int, head_dim: int = 32
+) -> SanaTransformer2DModel:
+    """One with random weights, with what sCM needs: QK norm and a dense time embedding (c = t, not 1000 t)."""
+    heads = width // head_dim
+    return SanaTransformer2DModel(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        num_layers=depth,
+        num_cross_attention_heads=heads,
+        cross_attention_head_dim=head_dim,
+        cross_attention_dim=width,
+        caption_channels=text_width,
+        sample_size=side,
+        patch_size=1,
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.001,
+    )
+
+
+def new_text_encoder(vocabulary: int, width: int, depth: int, max_length: int, head_dim: int = 32) -> Gemma2Model:
+    """A Gemma 2 with random weights."""
+    heads = max(1, width // head_dim)
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim,
+        max_position_embeddings=max_length,
+        sliding_window=max_length,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        attn_implementation="eager",
+    )
+    return Gemma2Model(config)
+
+
+def new_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerBase:
+    """One token per word, in lower case; every other word is ``<unk>``."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **special)
+
+
+def new_autoencoder(channels: Sequence[int], latent_channels: int, layers: int) -> AutoencoderDC:
+    """A deep-compression autoencoder (arXiv 2410.10733) with random weights; ``2^len(channels)`` pixels per latent side.
+
+    The first level has no layers: pictures are folded at once, since convolutions at full resolution are what a CPU
+    pays for.
+    """
+    widths = (channels[0], *channels)
+    depths = (0, *[layers] * len(channels))
+    return AutoencoderDC(
+        latent_channels=latent_channels,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        encoder_qkv_multiscales=((),) * len(widths),
+        decoder_qkv_multiscales=((),) * len(widths),
+    )
