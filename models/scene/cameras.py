@@ -1,0 +1,66 @@
+"""Pinhole cameras that look at the origin. Right-handed, y up, a camera looks along its own -z (as in OpenGL).
+
+Azimuth 0 is in front, at +z; positive azimuth goes towards +x. Angles are degrees, lengths are world units.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Camera:
+    """``elevation`` strictly between -90 and 90; ``fov`` is the whole angle of view, of the square picture's side."""
+
+    azimuth: float = 0.0
+    elevation: float = 20.0
+    radius: float = 4.0
+    fov: float = 40.0
+
+    @property
+    def slope(self) -> float:
+        """Half the picture's side at distance 1."""
+        return math.tan(math.radians(self.fov) / 2)
+
+    @property
+    def axes(self) -> tuple[tuple[float, float, float], ...]:
+        """The camera's x (right), y (up) and z (towards the camera) axes in the world."""
+        a, e = math.radians(self.azimuth), math.radians(self.elevation)
+        right = (math.cos(a), 0.0, -math.sin(a))
+        up = (-math.sin(e) * math.sin(a), math.cos(e), -math.sin(e) * math.cos(a))
+        return right, up, (math.cos(e) * math.sin(a), math.sin(e), math.cos(e) * math.cos(a))
+
+    def to_camera(self, point: Sequence[float]) -> tuple[float, float, float]:
+        """A world point in camera coordinates: right, up, towards the camera."""
+        x, y, z = (sum(a * p for a, p in zip(axis, point, strict=True)) for axis in self.axes)
+        return x, y, z - self.radius
+
+    @property
+    def view(self) -> str:
+        """One of ``captions.VIEWS``: front and back are sectors of 60 degrees, as ProlificDreamer has them."""
+        turned = abs((self.azimuth + 180) % 360 - 180)
+        return "front" if turned <= 30 else "back" if turned >= 150 else "side"
+
+
+def camera_to_world(cameras: Sequence[Camera]) -> Tensor:
+    """(B, 4, 4) float32 matrices; ``.flatten(1)`` is what ``Condition.camera`` takes."""
+    rows = []
+    for camera in cameras:
+        columns = [*camera.axes, tuple(camera.radius * c for c in camera.axes[2])]
+        rows.append([[column[i] for column in columns] for i in range(3)] + [[0.0, 0.0, 0.0, 1.0]])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def rays(cameras: Sequence[Camera], size: int) -> tuple[Tensor, Tensor]:
+    """Origins (B, 3) and unit directions (B, 3, H, W) through the pixel centres of ``size`` x ``size`` pictures."""
+    matrix = camera_to_world(cameras)
+    slope = torch.tensor([camera.slope for camera in cameras])
+    grid = (torch.arange(size) + 0.5) * (2 / size) - 1
+    x, y = slope[:, None, None] * grid[None, None, :], -slope[:, None, None] * grid[None, :, None]
+    axes = matrix[:, :3, :3, None, None]
+    directions = axes[:, :, 0] * x[:, None] + axes[:, :, 1] * y[:, None] - axes[:, :, 2]
+    length = (x * x + y * y + 1).sqrt()
+    return matrix[:, :3, 3], directions / length[:, None]

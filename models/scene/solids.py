@@ -1,0 +1,485 @@
+"""The solids world: scenes of one to four solids with captions, rendered from signed distance functions.
+
+Nothing is stored: scene i is a function of its seed alone, and its boxes, masks, counts, depth and shape are known.
+Solids rest on a floor or float above it; in a scene's own camera none hides another and all are wholly visible.
+
+python -m models.scene.solids OUT.png --seed 0 --count 16      a sheet of pictures with their captions
+
+:func:`images_per_second` measures the speed of sampling and rendering.
+"""
+
+import itertools
+import math
+import random
+import textwrap
+import time
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from models.scene.cameras import Camera, rays
+from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
+from models.seeds import mix
+
+FLOOR = -0.8
+"""Height of the floor."""
+
+RGB = {
+    "red": (0.88, 0.09, 0.10),
+    "orange": (1.00, 0.50, 0.04),
+    "yellow": (1.00, 0.90, 0.12),
+    "green": (0.10, 0.62, 0.18),
+    "blue": (0.10, 0.28, 0.92),
+    "purple": (0.52, 0.14, 0.78),
+    "pink": (1.00, 0.56, 0.76),
+    "brown": (0.42, 0.23, 0.10),
+    "black": (0.05, 0.05, 0.06),
+    "white": (0.96, 0.96, 0.96),
+}
+"""Albedo of each of ``captions.COLOURS``, display RGB in [0, 1]."""
+
+# ------------------------------------------------------------------------------------- signed distance functions
+
+_CUBE = 3**-0.5
+_CYLINDER = (0.66, (1 - 0.66**2) ** 0.5)
+_TORUS = (0.7, 0.3)
+_CONE_BASE = -0.5
+_PYRAMID_BASE = -0.36
+
+
+def unit_sdf(shape: str, points: Tensor) -> Tensor:
+    """Exact signed distance (...,) from ``points`` (..., 3) to a shape that touches the unit sphere from inside.
+
+    The shape's own frame: y is the axis of all but the cube and the sphere; the torus lies, cone and pyramid point up.
+    """
+    x, y, z = points.unbind(-1)
+    match shape:
+        case "sphere":
+            return _length(x, y, z) - 1
+        case "cube":
+            x, y, z = x.abs() - _CUBE, y.abs() - _CUBE, z.abs() - _CUBE
+            outside = _length(x.clamp(min=0), y.clamp(min=0), z.clamp(min=0))
+            return outside + torch.maximum(x, torch.maximum(y, z)).clamp(max=0)
+        case "cylinder":
+            u, v = _length(x, z) - _CYLINDER[0], y.abs() - _CYLINDER[1]
+            return _length(u.clamp(min=0), v.clamp(min=0)) + torch.maximum(u, v).clamp(max=0)
+        case "torus":
+            return _length(_length(x, z) - _TORUS[0], y) - _TORUS[1]
+        case "cone":
+            rim = (1 - _CONE_BASE**2) ** 0.5
+            r, y = _length(x, z), y - _CONE_BASE
+            normal, along = _slant(r - rim, y, rim, 1 - _CONE_BASE)
+            base = (r - rim).clamp(min=0).square() + y * y
+            side = normal.square() + (along - along.clamp(0, _hypotenuse(rim, 1 - _CONE_BASE))).square()
+            return _signed(torch.minimum(base, side), (normal < 0) & (y > 0))
+        case "pyramid":
+            # Mirror planes fold the four faces into half of one: 0 <= z <= x.
+            half, height = ((1 - _PYRAMID_BASE**2) / 2) ** 0.5, 1 - _PYRAMID_BASE
+            x, z = torch.maximum(x.abs(), z.abs()), torch.minimum(x.abs(), z.abs())
+            y = y - _PYRAMID_BASE
+            slant = _hypotenuse(half, height)
+            normal, along = _slant(x - half, y, half, height)
+            base = (x - half).clamp(min=0).square() + (z - half).clamp(min=0).square() + y * y
+            # In the plane of the face, the edge from the corner (0, half) to the apex (slant, 0).
+            beyond, up = _slant(z - half, along, half, slant)
+            edge = beyond.square() + (up - up.clamp(0, _hypotenuse(half, slant))).square()
+            face = normal.square() + edge * ((along < 0) | (beyond > 0))
+            return _signed(torch.minimum(base, face), (normal < 0) & (y > 0))
+    raise ValueError(f"no shape '{shape}'; there are {SHAPES}")
+
+
+def _length(*parts: Tensor) -> Tensor:
+    total = parts[0] * parts[0]
+    for part in parts[1:]:
+        total = torch.addcmul(total, part, part)
+    return total.sqrt()
+
+
+def _hypotenuse(run: float, rise: float) -> float:
+    return (run * run + rise * rise) ** 0.5
+
+
+def _slant(x: Tensor, y: Tensor, run: float, rise: float) -> tuple[Tensor, Tensor]:
+    """Coordinates across (outwards) and along the line from (0, 0) to (-run, rise)."""
+    scale = 1 / _hypotenuse(run, rise)
+    return x * (rise * scale) + y * (run * scale), y * (rise * scale) - x * (run * scale)
+
+
+def _signed(squared: Tensor, inside: Tensor) -> Tensor:
+    distance = squared.sqrt()
+    return torch.where(inside, -distance, distance)
+
+
+# --------------------------------------------------------------------------------------------------------- scenes
+
+
+@dataclass(frozen=True)
+class Solid:
+    """A shape of :func:`unit_sdf` scaled by ``radius`` and turned (degrees): tilted about x, then about y."""
+
+    shape: str
+    colour: str
+    centre: tuple[float, float, float]
+    radius: float
+    yaw: float = 0.0
+    tilt: float = 0.0
+
+    @property
+    def rotation(self) -> list[list[float]]:
+        """The shape's frame to the world, 3 x 3."""
+        a, b = math.radians(self.yaw), math.radians(self.tilt)
+        ca, sa, cb, sb = math.cos(a), math.sin(a), math.cos(b), math.sin(b)
+        return [[ca, sa * sb, sa * cb], [0.0, cb, -sb], [-sa, ca * sb, ca * cb]]
+
+    def sdf(self, points: Tensor) -> Tensor:
+        """Exact signed distance (...,) of world ``points`` (..., 3), negative inside."""
+        rotation, centre = points.new_tensor(self.rotation), points.new_tensor(self.centre)
+        return self.radius * unit_sdf(self.shape, (points - centre) @ (rotation / self.radius))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Solid k is thing k of ``things_of(metadata)``. ``tone`` is the wall's grey in [0, 1], ``light`` an azimuth."""
+
+    solids: tuple[Solid, ...]
+    camera: Camera
+    metadata: Metadata
+    tone: float
+    light: float
+
+    @property
+    def prompt(self) -> str:
+        return self.metadata["prompt"]
+
+    def sdf(self, points: Tensor) -> Tensor:
+        """Signed distance (...,) of world ``points`` (..., 3) to the nearest solid; the floor does not count."""
+        return torch.stack([solid.sdf(points) for solid in self.solids]).amin(0)
+
+
+_RADII = {1: (0.62, 1.0), 2: (0.50, 0.74), 3: (0.42, 0.58), 4: (0.36, 0.50)}
+_SCALE = {"sphere": 0.82, "torus": 0.95, "cylinder": 0.95}
+_GAP = 1.5 / 64
+"""Least room between two solids and between a solid and the picture's edge, in picture sides."""
+
+
+def _placed(rng: random.Random, thing: Thing, radius: float, lift: float, spread: float) -> Solid:
+    uniform = lambda low, high: low + (high - low) * rng.random()
+    shape, yaw, tilt = thing.shape, 0.0, 0.0
+    radius *= _SCALE.get(shape, 1.0)
+    match shape:
+        case "cube":
+            yaw, rest = uniform(15, 75), _CUBE  # two sides and the top are seen, never one side alone
+        case "pyramid":
+            yaw, rest = uniform(15, 75), -_PYRAMID_BASE
+        case "torus":
+            yaw, tilt = uniform(-40, 40), uniform(40, 85)  # turned so that the hole is seen
+            rest = _TORUS[0] * math.sin(math.radians(tilt)) + _TORUS[1]
+        case "cylinder":
+            rest = _CYLINDER[1]
+        case "cone":
+            rest = -_CONE_BASE
+        case _:
+            rest = 1.0
+    colour = thing.colour or pick(rng, COLOURS)
+    centre = (uniform(-spread, spread), FLOOR + rest * radius + lift, uniform(-1.2, 0.8) * min(spread, 1))
+    return Solid(shape, colour, centre, radius, yaw, tilt)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Where a camera sees a bounding sphere: a cone about a unit direction, and a box in picture sides, y down."""
+
+    direction: tuple[float, float, float]
+    angle: float
+    box: tuple[float, float, float, float]
+
+    @classmethod
+    def of(cls, solid: Solid, camera: Camera) -> "_Outline":
+        x, y, z = camera.to_camera(solid.centre)
+        distance = math.sqrt(x * x + y * y + z * z)
+
+        def interval(across: float) -> tuple[float, float]:
+            middle = math.atan2(across, -z)
+            half = math.asin(solid.radius / math.hypot(across, z))
+            ends = (0.5 + 0.5 * math.tan(middle + s * half) / camera.slope for s in (-1, 1))
+            return next(ends), next(ends)
+
+        (left, right), (top, bottom) = interval(x), interval(-y)
+        direction = (x / distance, y / distance, z / distance)
+        return cls(direction, math.asin(solid.radius / distance), (left, top, right, bottom))
+
+    def inside(self) -> bool:
+        return min(self.box) >= _GAP and max(self.box) <= 1 - _GAP
+
+    def apart(self, other: "_Outline", camera: Camera) -> bool:
+        cosine = sum(a * b for a, b in zip(self.direction, other.direction, strict=True))
+        return math.acos(min(cosine, 1.0)) > self.angle + other.angle + _GAP * 2 * camera.slope
+
+    def stands(self, relation: str, other: "_Outline") -> bool:
+        """Whether this one is, well beyond GenEval's rule, ``relation`` the other and nothing else: no overlap along
+        the relation's axis, and within 27 degrees of it."""
+        axis = 0 if relation in ("left of", "right of") else 1
+        low, high = (self, other) if relation in ("left of", "above") else (other, self)
+        offset = [sum(high.box[i::2]) / 2 - sum(low.box[i::2]) / 2 for i in (0, 1)]
+        return high.box[axis] >= low.box[axis + 2] and abs(offset[1 - axis]) <= 0.5 * offset[axis]
+
+
+def _arranged(rng: random.Random, metadata: Metadata, camera: Camera, scale: float) -> tuple[Solid, ...] | None:
+    things = things_of(metadata)
+    relation = metadata["include"][-1].get("position", [None])[0]
+    low, high = (scale * radius for radius in _RADII[len(things)])
+    solids: list[Solid] = []
+    outlines: list[_Outline] = []
+    for index, thing in enumerate(things):
+        upper = relation in ("above", "below") and index == (relation == "above")
+        for _ in range(20):
+            floats = upper or (len(things) > 1 and rng.random() < 0.25)
+            lift = (0.2 + 1.2 * rng.random()) if floats else 0.0
+            radius = low + (high - low) * rng.random()
+            solid = _placed(rng, thing, radius, lift, spread=0.35 if len(things) == 1 else 1.5)
+            outline = _Outline.of(solid, camera)
+            if not outline.inside() or not all(outline.apart(other, camera) for other in outlines):
+                continue
+            if index == 1 and relation is not None and not outline.stands(relation, outlines[0]):
+                continue
+            solids.append(solid)
+            outlines.append(outline)
+            break
+        else:
+            return None
+    return tuple(solids)
+
+
+def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container[str] = ()) -> Scene:
+    """The scene of a seed (not negative): of a random caption that is not in ``exclude``, or of ``metadata``.
+
+    It depends on nothing else: not on the batch, the picture size, the device or the version of torch.
+    """
+    rng = random.Random(mix(seed, 0))
+    while metadata is None or metadata["prompt"] in exclude:
+        metadata = draw(rng)
+    rng = random.Random(mix(seed, 1))
+    uniform = lambda low, high: low + (high - low) * rng.random()
+    camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))
+    tone, light = uniform(0.44, 0.56), uniform(-60, 60)
+    for attempt in itertools.count():
+        if solids := _arranged(rng, metadata, camera, scale=0.97**attempt):
+            return Scene(solids, camera, metadata, tone, light)
+    raise AssertionError("unreachable")
+
+
+# ------------------------------------------------------------------------------------------------------ rendering
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """``images`` (B, 3, H, W) in [-1, 1]; ``index`` (B, H, W) int64, the solid at each pixel's centre, -1 for none;
+    ``depth`` (B, H, W), distance from the camera along the pixel's ray in world units, infinite where there is none."""
+
+    images: Tensor
+    index: Tensor
+    depth: Tensor
+
+    def masks(self, count: int) -> Tensor:
+        """(B, count, H, W) bool: the visible pixels of each solid."""
+        return self.index[:, None] == torch.arange(count, device=self.index.device)[:, None, None]
+
+    def boxes(self, count: int) -> Tensor:
+        """(B, count, 4) int64: x0, y0, x1, y1 of the visible pixels, ends exclusive, as GenEval has them; all zero for
+        a solid that is not there."""
+        masks = self.masks(count)
+        spans = []
+        for dim in (-2, -1):
+            hit = masks.any(dim).long()
+            first, last = hit.argmax(-1), hit.shape[-1] - hit.flip(-1).argmax(-1)
+            spans.append((first, torch.where(hit.any(-1), last, 0)))
+        (x0, x1), (y0, y1) = spans
+        return torch.stack([x0, y0, x1, y1], -1)
+
+
+_STEPS = 24
+
+
+@torch.no_grad()
+def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | None = None) -> Rendered:
+    """Render ``size`` x ``size`` pictures from each scene's own camera, or from ``cameras`` instead.
+
+    All solids of one shape are sphere traced together, each only along the rays that meet its bounding sphere. Edges
+    are smooth without more rays: coverage falls from 1 to 0 over the pixel's width as the ray's least distance to the
+    surface goes from half a pixel inside to half a pixel outside.
+    """
+    cameras = cameras or [scene.camera for scene in scenes]
+    origins, directions = rays(cameras, size)
+    directions = directions.flatten(2)
+    light = torch.tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
+    light = light / light.norm(dim=1, keepdim=True)
+
+    flat = [(b, k, solid) for b, scene in enumerate(scenes) for k, solid in enumerate(scene.solids)]
+    batch = torch.tensor([b for b, _, _ in flat])
+    number = torch.tensor([k for _, k, _ in flat])
+    radius = torch.tensor([solid.radius for _, _, solid in flat])
+    centre = torch.tensor([solid.centre for _, _, solid in flat])
+    rotation = torch.tensor([solid.rotation for _, _, solid in flat])
+    albedo = torch.tensor([RGB[solid.colour] for _, _, solid in flat])
+    towards = centre - origins[batch]
+    half = torch.tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
+
+    grey = _background(scenes, origins, directions, light, batch, centre, radius)
+    parts: list[tuple[Tensor, ...]] = []
+    for shape in SHAPES:
+        members = torch.tensor([i for i, (_, _, solid) in enumerate(flat) if solid.shape == shape], dtype=torch.long)
+        # Rays in front of the camera that pass the bounding sphere, grown by half a pixel.
+        along = torch.bmm(towards[members, None], directions[batch[members]]).squeeze(1)
+        reach = (radius * (1 + half))[members, None].square() - towards[members].square().sum(1, keepdim=True)
+        chord = reach + along.square()
+        row, place = ((chord > 0) & (along > 0)).nonzero(as_tuple=True)
+        solid = members[row]
+        world = directions[batch[solid], :, place].T
+        turn, scale = rotation[solid].permute(1, 2, 0), 1 / radius[solid]
+        heading = (turn * world[:, None]).sum(0)
+        start = -(rotation * towards[:, :, None]).sum(1)[solid].T * scale
+        entry = ((along[row, place] - chord[row, place].sqrt()) * scale).clamp(min=0)
+        rows, coverage, distance, normal = _trace(shape, start, heading, entry, half[solid])
+        solid, world = solid[rows], world[:, rows]
+        normal = (turn[:, :, rows] * normal).sum(1)
+        sun = light[batch[solid]].T
+        gloss = torch.nn.functional.normalize(sun - world, dim=0)
+        diffuse, specular = (normal * sun).sum(0).clamp(min=0), (normal * gloss).sum(0).clamp(min=0) ** 32
+        sky = 0.05 * (1 + normal[1]) + 0.05 * diffuse + 0.22 * specular
+        colour = (albedo[solid].T * (0.60 + 0.38 * diffuse) + sky).clamp(max=1)
+        parts.append((solid, place[rows], coverage, distance * radius[solid], colour.T))
+    solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*parts, strict=True))
+
+    # From far to near. Among disjoint bounding spheres that is the order of |distance|^2 - radius^2 along every ray.
+    power = towards.square().sum(1) - radius.square()
+    same = batch[:, None] == batch
+    rank = (same & (power[:, None] < power)).sum(1)
+    image = grey[:, None].repeat(1, 3, 1)
+    index = torch.full((len(scenes), size * size), -1)
+    depth = torch.full((len(scenes), size * size), math.inf)
+    for level in range(int(rank.max()) + 1):
+        chosen = (rank[solid] == level).nonzero().squeeze(1)
+        row, column, weight = batch[solid[chosen]], place[chosen], coverage[chosen, None]
+        image[row, :, column] = torch.lerp(image[row, :, column], colour[chosen], weight)
+        seen = weight[:, 0] >= 0.5
+        index[row[seen], column[seen]] = number[solid[chosen]][seen]
+        depth[row[seen], column[seen]] = distance[chosen][seen]
+    shaped = (len(scenes), -1, size, size)
+    return Rendered(image.reshape(shaped) * 2 - 1, index.reshape(shaped)[:, 0], depth.reshape(shaped)[:, 0])
+
+
+def _background(
+    scenes: Sequence[Scene],
+    origins: Tensor,
+    directions: Tensor,
+    light: Tensor,
+    batch: Tensor,
+    centre: Tensor,
+    radius: Tensor,
+) -> Tensor:
+    """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1]."""
+    tone = torch.tensor([scene.tone for scene in scenes])[:, None]
+    down = directions[:, 1].clamp(max=-1e-3)
+    distance = (FLOOR - origins[:, 1:2]) / down
+    x, z = (origins[:, i, None] + distance * directions[:, i] for i in (0, 2))
+    near = torch.exp((x * x + z * z) * -0.06) * (directions[:, 1] < 0)
+    grey = tone + 0.12 * directions[:, 1] + 0.14 * near
+    # What a ball hides of a floor point's sky, r^2 h / d^3 for height h and distance d, drawn out away from the light.
+    height = centre[:, 1] - FLOOR
+    away = 0.5 * height[:, None] * light[batch] / light[batch, 1:2]
+    across, back = x[batch] - (centre - away)[:, 0:1], z[batch] - (centre - away)[:, 2:3]
+    squared = across * across + back * back + height[:, None].square()
+    hidden = (0.7 * radius.square() * height)[:, None] * squared.rsqrt() / squared
+    shadow = torch.zeros_like(grey).index_add_(0, batch, hidden).clamp(max=1) * (directions[:, 1] < 0)
+    return (grey * (1 - 0.5 * shadow)).clamp(0, 1)
+
+
+def _trace(shape: str, start: Tensor, heading: Tensor, t: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+    """March rays (3, N) from ``t`` (N,) in the shape's frame, half a pixel being ``half`` (N,) long at the solid.
+
+    Returns the rows (M,) whose coverage (M,) is not 0, their distance (M,) along the ray and outward normals (3, M).
+    """
+    # The surface half a pixel further in: the least distance to it gives the coverage on both sides of the true one.
+    least, nearest = torch.full_like(t, math.inf), t
+    for _ in range(_STEPS):
+        distance = unit_sdf(shape, torch.addcmul(start, heading, t).T) + half
+        closer = distance < least
+        least, nearest = torch.where(closer, distance, least), torch.where(closer, t, nearest)
+        t = t + distance
+    coverage = 1 - least / (2 * half)
+    rows = (coverage > 0).nonzero().squeeze(1)
+    start, heading, t, half = start[:, rows], heading[:, rows], nearest[rows], half[rows]
+    # Differences over half a pixel also smooth the creases between faces.
+    corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])
+    points = (start + heading * t)[:, :, None] + half[:, None] * corners[:, None]
+    values = unit_sdf(shape, points.movedim(0, -1))
+    normal = torch.nn.functional.normalize((corners[:, None] * values).sum(2), dim=0)
+    facing = (normal * heading).sum(0).clamp(max=-0.25)
+    return rows, coverage[rows].clamp(max=1), t - values.mean(1) / facing, normal
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Solids:
+    """The world as a source of training batches, ``size`` pixels a side, without the captions in ``exclude``."""
+
+    size: int = 64
+    exclude: frozenset[str] = frozenset()
+
+    def batch(self, seeds: Sequence[int]) -> tuple[Tensor, list[Scene]]:
+        """Pictures (B, 3, H, W) in [-1, 1] and scenes of the seeds."""
+        scenes = [sample_scene(seed, exclude=self.exclude) for seed in seeds]
+        return render(scenes, self.size).images, scenes
+
+
+def images_per_second(size: int = 64, batch: int = 128, count: int = 2048) -> float:
+    """Pictures made in a second of processor time, scenes and captions included."""
+    world = Solids(size)
+    world.batch(range(batch))
+    start = time.process_time()
+    for first in range(0, count, batch):
+        world.batch(range(first, first + batch))
+    return count / (time.process_time() - start)
+
+
+def contact_sheet(seed: int, count: int, path: Path, size: int = 64, zoom: int = 3) -> None:
+    """Write pictures of the seeds ``seed``, ``seed + 1``, ..., enlarged without smoothing, with their captions."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    images, scenes = Solids(size).batch(range(seed, seed + count))
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    columns, side, head = min(count, 6), size * zoom, 30
+    sheet = Image.new("RGB", (columns * (side + 6), -(-count // columns) * (side + head)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, scene in enumerate(scenes):
+        left, top = i % columns * (side + 6), i // columns * (side + head)
+        lines = textwrap.fill(scene.prompt.removeprefix("a photo of "), side // 6)
+        canvas.text((left + side / 2, top + head / 2), lines, "black", font, anchor="mm", align="center", spacing=1)
+        sheet.paste(Image.fromarray(pixels[i]).resize((side, side), Image.Resampling.NEAREST), (left, top + head))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+@dataclass
+class Arguments:
+    """Write a sheet of pictures with their captions."""
+
+    output: tyro.conf.Positional[Path]
+    """Picture file to write (.png)."""
+    seed: int = 0
+    """Seed of the first scene."""
+    count: int = 16
+    """Number of scenes."""
+    size: int = 64
+    """Pixels a side."""
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Arguments)
+    contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
