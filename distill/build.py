@@ -15,11 +15,13 @@ from distill.data import (
     ImageFolder,
     Pictures,
     ShuffledStream,
+    SolidsPictures,
     Stream,
     StreamedPictures,
     Subset,
 )
 from distill.divergences import DIVERGENCES, Divergence, alpha
+from distill.methods.autoencoder import AutoencoderTraining
 from distill.methods.base import Method
 from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.pretrain import Pretraining
@@ -30,6 +32,7 @@ from distill.settings import (
     GAN,
     SDS,
     SIM,
+    Autoencoder,
     ConditionsOnly,
     Config,
     DiffInstruct,
@@ -41,20 +44,29 @@ from distill.settings import (
     MatchingMethod,
     MultiStudent,
     Pretrain,
+    SanaSize,
     ScoreMatching,
     SiD,
     SiDA,
+    SolidsData,
     UniInstruct,
 )
+from models import autoencoder
+from models.autoencoder import PictureSpec
 from models.denoiser import Denoiser, Guided
 from models.discriminator import Discriminator, feature_channels
 from models.errors import UserError
 from models.process import EDM
+from models.scene import captions
 from models.student import OneStepStudent
-from models.teachers import load
+from models.teachers import base, load, load_class_conditional, sana
 from models.teachers.embedded import PatchUNet, Spec
+from models.teachers.sana import SanaSpec
 
 Shape = tuple[int, int, int]
+
+EXAMPLES = 20
+"""Pictures or prompts of a sample grid."""
 
 
 def hf_dataset(data: HFData, rank: int, world: int) -> Any:
@@ -102,6 +114,8 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 stream = StreamedPictures(dataset, size, whole.shape, data.image_column, data.label_column)
                 return stream, whole.shape, whole.class_names
             pictures = whole
+        case SolidsData():
+            pictures = SolidsPictures(data.count, data.size)
         case ConditionsOnly():
             return None, None, []
     if len(pictures) == 0:
@@ -111,12 +125,14 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
     return ShuffledStream(pictures, size, seed, rank, world), pictures.shape, pictures.class_names
 
 
-def build_method(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Method, Spec]:
+def build_method(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Method, base.Spec]:
     """The method with its networks, and the spec that the exported student will carry.
 
     UserError where settings, teacher and data do not fit each other.
     """
     match config.method:
+        case Autoencoder():
+            return _autoencoder(config, config.method, shape)
         case MultiStudent():
             raise ValueError("multi_student is a plan of runs, not one run")
         case ScoreMatching():
@@ -127,15 +143,51 @@ def build_method(config: Config, shape: Shape | None, class_names: list[str]) ->
             return _matching(config, config.method, shape, class_names)
 
 
+def _autoencoder(config: Config, settings: Autoencoder, shape: Shape | None) -> tuple[Method, base.Spec]:
+    if shape is None:
+        raise UserError("data.kind: `autoencoder` needs pictures, conditions_only has none")
+    levels = 2 ** len(settings.channels)
+    if shape[0] != 3 or shape[1] % levels:
+        raise UserError(f"data: an autoencoder takes 3 channels and a side that is a multiple of {levels}, not {shape}")
+    vae = sana.new_autoencoder(settings.channels, settings.latent_channels, settings.layers)
+    side = shape[1] // levels
+    stream, _, _ = build_stream(config, 0, 1)
+    assert stream is not None
+    examples = stream.next().images[:EXAMPLES]
+    return AutoencoderTraining(settings, vae, (settings.latent_channels, side, side), examples), PictureSpec(shape)
+
+
+def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> tuple[Method, base.Spec]:
+    """A new miniature Sana for the solids world's words."""
+    if not isinstance(config.data, SolidsData):
+        raise UserError("data.kind: a text-to-image teacher learns from pictures with captions: choose solids")
+    vae = autoencoder.load(sizes.autoencoder)
+    if shape[1] % vae.spatial_compression_ratio:
+        raise UserError(
+            f"data.size: {shape[1]} is not a multiple of {vae.spatial_compression_ratio}, the autoencoder's"
+        )
+    side, channels = shape[1] // vae.spatial_compression_ratio, vae.config["latent_channels"]
+    tokenizer = sana.new_tokenizer(captions.VOCABULARY, sizes.max_length)
+    text_encoder = sana.new_text_encoder(len(tokenizer), sizes.text_width, sizes.text_depth, sizes.max_length)
+    transformer = sana.new_transformer(channels, side, sizes.width, sizes.depth, sizes.text_width)
+    examples = tuple(m["prompt"] for m in captions.prompts(captions.EVALUATION, EXAMPLES))
+    spec = SanaSpec(tokenizer, text_encoder, vae, (channels, side, side), 1.0, examples=examples, joint=True)
+    return Pretraining(settings, sana.denoiser(sana.SanaNetwork(transformer, text_encoder), 1.0)), spec
+
+
 def _pretraining(
     config: Config, settings: Pretrain, shape: Shape | None, class_names: list[str]
-) -> tuple[Method, Spec]:
+) -> tuple[Method, base.Spec]:
     if config.teacher is not None:
         raise UserError(
             "teacher: `pretrain` trains a teacher and takes none; remove the key or choose another method.kind"
         )
     if shape is None:
         raise UserError("data.kind: `pretrain` needs pictures, conditions_only has none")
+    if settings.sana is not None:
+        return _sana(config, settings, settings.sana, shape)
+    if not class_names:
+        raise UserError("data: pictures with captions, not classes; method.sana makes a teacher for them")
     spec = Spec(settings.patch, len(class_names), shape[0], shape[1], settings.sigma_data, None, class_names)
     return Pretraining(settings, _new_denoiser(settings, spec)), spec
 
@@ -151,16 +203,23 @@ def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
     return Denoiser(network, EDM(), "edm", spec.sigma_data)
 
 
-def load_teacher(config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()) -> tuple[Denoiser, Spec]:
+def load_teacher(
+    config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()
+) -> tuple[Denoiser, Spec | SanaSpec]:
     """The teacher's denoiser; UserError if there is none, or if it makes other pictures or classes than the data's."""
     if config.teacher is None:
         raise UserError(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(config.teacher.path)
-    expected = (spec.channels, spec.size, spec.size)
-    if shape is not None and shape != expected:
-        raise UserError(f"data: pictures of shape {shape}, but the teacher {config.teacher.path} makes {expected}")
+    if shape is not None and shape != spec.picture:
+        raise UserError(f"data: pictures of shape {shape}, but the teacher {config.teacher.path} makes {spec.picture}")
+    if isinstance(spec, SanaSpec):
+        if class_names or config.classes is not None:
+            raise UserError(f"data: pictures of classes, but the teacher {config.teacher.path} is asked for prompts")
+        return denoiser, spec
+    if shape is not None and not class_names:
+        raise UserError(f"data: pictures with captions, but the teacher {config.teacher.path} knows classes")
     if len(class_names) > spec.num_classes:
         raise UserError(
             f"data: {len(class_names)} classes, but the teacher {config.teacher.path} knows {spec.num_classes}"
@@ -170,10 +229,18 @@ def load_teacher(config: Config, shape: Shape | None = None, class_names: Sequen
     return denoiser, spec
 
 
+def class_teacher(config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()) -> tuple[Denoiser, Spec]:
+    """As :func:`load_teacher`, of one that is asked for classes."""
+    denoiser, spec = load_teacher(config, shape, class_names)
+    if isinstance(spec, SanaSpec):
+        raise UserError(f"method.kind: {config.method.kind} distils teachers of classes, this one is asked for prompts")
+    return denoiser, spec
+
+
 def _score_matching(
     config: Config, settings: ScoreMatching, shape: Shape | None, class_names: list[str]
-) -> tuple[Method, Spec]:
-    denoiser, spec = load_teacher(config, shape, class_names)
+) -> tuple[Method, base.Spec]:
+    denoiser, spec = class_teacher(config, shape, class_names)
     assert config.teacher is not None
     if shape is None:
         raise UserError("data.kind: `score_matching` needs pictures, conditions_only has none")
@@ -218,7 +285,7 @@ def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Den
     if settings.start is None:
         return copy.deepcopy(teacher), spec, critic
     run = settings.start if (settings.start / "student").is_dir() else None
-    denoiser, own = load(settings.start / "student" if run else settings.start)
+    denoiser, own = load_class_conditional(settings.start / "student" if run else settings.start)
     if own.student_of_class is not None:
         raise UserError(f"method.start: {settings.start} holds several students; name the run of one, student-K/STAGE")
     if own.sigma_init not in (None, settings.sigma_init):
@@ -240,8 +307,8 @@ def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Den
 
 def _matching(
     config: Config, settings: MatchingMethod, shape: Shape | None, class_names: list[str]
-) -> tuple[Method, Spec]:
-    denoiser, spec = load_teacher(config, shape, class_names)
+) -> tuple[Method, base.Spec]:
+    denoiser, spec = class_teacher(config, shape, class_names)
     assert config.teacher is not None
     expected = (spec.channels, spec.size, spec.size)
     gan: GAN | None = getattr(settings, "gan", None)

@@ -1,20 +1,19 @@
-"""The model card of an exported student or teacher."""
+"""The model card of an exported network."""
 
 import yaml
 
-from distill.settings import Config
-from models.teachers.embedded import Spec
+from distill.settings import Autoencoder, Config
+from models.teachers.base import Spec
 
 
 def model_card(config: Config, spec: Spec) -> str:
     """Markdown with the metadata block that model hubs read."""
     method = config.method.kind
-    teacher = config.teacher.path if config.teacher else None
-    what = (
-        "Denoiser (EDM preconditioning)"
-        if spec.sigma_init is None
-        else f"One-step student distilled from `{teacher}` with `{method}`"
-    )
+    what = "Denoiser"
+    if isinstance(config.method, Autoencoder):
+        what = "Autoencoder"
+    elif spec.student and config.teacher is not None:
+        what = f"One-step student distilled from `{config.teacher.path}` with `{method}`"
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return f"""---
 library_name: diffusers
@@ -24,13 +23,10 @@ tags: [diffusers, one-step, distillation, {method}]
 
 # {what}
 
-{spec.num_classes} classes ({", ".join(spec.class_names)}), {spec.size} x {spec.size}, {spec.channels} channel(s).
+{spec.summary}
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("PATH", trust_remote_code=True)  # runs pipeline.py of this folder
-images = pipe([0, 1, 2], seeds=[0, 1, 2]).images
+{spec.usage}
 ```
 
 Trained by this configuration:

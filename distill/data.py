@@ -6,9 +6,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +19,28 @@ from torch import Tensor
 
 from models.condition import Condition
 from models.errors import UserError
+from models.scene import captions
+from models.scene.solids import Solids
 from models.seeds import Draws, mix
+from models.teachers.base import Spec
+from models.teachers.sana import SanaSpec
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (B, C, H, W) in [-1, 1] and their conditions."""
+    """``images`` (B, C, H, W) in [-1, 1], or the x0 they are encoded to, and their conditions or captions."""
 
     images: Tensor
     cond: Condition
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.images.to(device, non_blocking=True), self.cond.to(device))
+        return replace(self, images=self.images.to(device, non_blocking=True), cond=self.cond.to(device))
+
+    def through(self, spec: Spec) -> "Batch":
+        """As the teacher sees it: pictures encoded, captions embedded."""
+        cond = spec.text(self.captions) if isinstance(spec, SanaSpec) else self.cond
+        return Batch(spec.encode(self.images), cond)
 
 
 class Pictures(Protocol):
@@ -258,6 +268,26 @@ def collate(rows: list[dict[str, Any]], shape: tuple[int, int, int], image: str,
     return Batch(images, Condition(class_ids=labels))
 
 
+class SolidsPictures:
+    """The solids world: scene i depends on i alone. Captions kept for evaluation are in no scene."""
+
+    def __init__(self, count: int, size: int = 64):
+        self.count, self.shape = count, (3, size, size)
+        self.class_names: list[str] = []
+        self.world = Solids(size, captions.held_out())
+
+    @property
+    def labels(self) -> Tensor:
+        raise UserError("classes: the solids world has captions, not classes")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def get(self, indices: list[int]) -> Batch:
+        images, scenes = self.world.batch(indices)
+        return Batch(images, Condition(), tuple(scene.prompt for scene in scenes))
+
+
 # ------------------------------------------------------------------------------------------------------ streams
 
 
@@ -356,6 +386,18 @@ class Classes:
         """One condition for each row of ``draws``."""
         index = (draws.uniform() * len(self.ids)).long().clamp(max=len(self.ids) - 1)
         return Condition(class_ids=self.ids.to(index.device)[index])
+
+
+class Captions:
+    """Conditions alone: prompts drawn uniformly from a list; ``guidance`` is for networks that embed its scale."""
+
+    def __init__(self, prompts: list[str], spec: SanaSpec, guidance: float | None = None):
+        self.prompts, self.spec, self.guidance = prompts, spec, guidance
+
+    def sample(self, draws: Draws) -> Condition:
+        """One condition for each row of ``draws``."""
+        index = (draws.uniform() * len(self.prompts)).long().clamp(max=len(self.prompts) - 1)
+        return self.spec.text([self.prompts[i] for i in index.tolist()], self.guidance)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from models.condition import Condition
 from models.errors import UserError
 from models.seeds import Draws
 from models.student import heun
-from models.teachers import load
+from models.teachers import load_class_conditional
 
 
 class Pairs:
@@ -67,7 +67,7 @@ class Arguments:
 
 
 def make(arguments: Arguments) -> None:
-    denoiser, spec = load(arguments.teacher)
+    denoiser, spec = load_class_conditional(arguments.teacher)
     parts: list[dict[str, Tensor]] = []
     for start in trange(0, arguments.count, arguments.batch, desc="pairs"):
         index = torch.arange(start, min(start + arguments.batch, arguments.count))

@@ -7,18 +7,19 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from distill.methods.base import Method
-from models.condition import Condition
 from models.seeds import Draws
-from models.teachers.embedded import Spec
+from models.teachers.base import Spec
+
+COLUMNS = 10
 
 
 class Preview:
-    """Two rows of up to ten classes; noise and classes are the same at every step of every run."""
+    """Two rows of ten pictures; noise and conditions are the same at every step of every run."""
 
     def __init__(self, folder: Path, spec: Spec, teacher_steps: int, device: torch.device):
-        self.folder, self.teacher_steps, self.columns = folder, teacher_steps, min(10, spec.num_classes)
-        self.z = Draws(list(range(2 * self.columns)), device).normal(spec.channels, spec.size, spec.size)
-        self.cond = Condition(class_ids=torch.arange(2 * self.columns, device=device) % self.columns)
+        self.folder, self.spec, self.teacher_steps = folder, spec, teacher_steps
+        self.z = Draws(list(range(2 * COLUMNS)), device).normal(*spec.shape)
+        self.cond = spec.preview(2 * COLUMNS).to(device)
         self._teacher: Tensor | None = None
 
     @torch.no_grad()
@@ -28,7 +29,8 @@ class Preview:
             self._teacher = method.reference(self.z, self.cond, self.teacher_steps)
         student = method.sample(self.z, self.cond)
         rows = [student] if self._teacher is None else [self._teacher, student]
-        pictures = [part for pair in zip(*(row.split(self.columns) for row in rows), strict=True) for part in pair]
-        grid = make_grid(torch.cat(pictures).float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=self.columns)
+        pictures = [part for pair in zip(*(row.split(COLUMNS) for row in rows), strict=True) for part in pair]
+        decoded = self.spec.decode(torch.cat(pictures)).float().cpu()
+        grid = make_grid(decoded.clamp(-1, 1) / 2 + 0.5, nrow=COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, self.folder / f"step-{step:06d}.png")

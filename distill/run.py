@@ -13,13 +13,12 @@ import yaml
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from distill.build import build_method, build_stream, load_teacher
+from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
 from distill.methods import multi_student
 from distill.settings import Config, MultiStudent, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
-from models.export import export
 from models.multi_student import assemble
 from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
@@ -116,8 +115,8 @@ def train(config: Config) -> int:
         return STOPPED
     if main:
         with trainer.ema_weights():
-            network = cast(PatchUNet, trainer.method.exported())
-            export(config.output / "student", network, trainer.spec, model_card(config, trainer.spec))
+            card = model_card(config, trainer.spec)
+            trainer.spec.save(config.output / "student", trainer.method.exported(), card)
         print(f"student: {config.output / 'student'}")
         if config.evaluation.num_images:
             evaluate(config)
@@ -128,7 +127,7 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, spec = load_teacher(config)
+    denoiser, spec = class_teacher(config)
     weights = cast(PatchUNet, denoiser.network).unet.class_embedding.weight  # type: ignore[union-attr]
     owner = multi_student.student_of_class(settings, cast(Tensor, weights).detach()[: spec.num_classes])
     chosen = range(settings.students) if settings.only is None else [settings.only]
@@ -144,7 +143,7 @@ def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
             trainer = build(run.model_copy(update={"method": method}))
             yield run, trainer
             start = Path(temporary) / run.output.name
-            export(start, cast(PatchUNet, trainer.method.exported()), trainer.spec, "")
+            trainer.spec.save(start, trainer.method.exported(), "")
 
 
 def _finished(run: Config) -> bool:

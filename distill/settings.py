@@ -77,13 +77,25 @@ class HFData(Schema):
     """1 gray, 3 RGB."""
 
 
+class SolidsData(Schema):
+    """The solids world: scenes of one to four coloured solids with captions, rendered as they are needed."""
+
+    kind: Literal["solids"] = "solids"
+    count: int = Field(default=1_000_000, gt=0)
+    """Scenes of an epoch."""
+    size: int = Field(default=64, gt=0)
+    """Side in pixels."""
+
+
 class ConditionsOnly(Schema):
     """No pictures: the student learns from the teacher alone. For methods without a discriminator."""
 
     kind: Literal["conditions_only"] = "conditions_only"
+    prompts: Path | None = None
+    """Text file with a prompt in each line, for teachers that are asked for prompts; classes need none."""
 
 
-Data = Annotated[FashionMNISTData | ImageFolderData | HFData | ConditionsOnly, Field(discriminator="kind")]
+Data = Annotated[FashionMNISTData | ImageFolderData | HFData | SolidsData | ConditionsOnly, Field(discriminator="kind")]
 
 
 class Teacher(Schema):
@@ -158,8 +170,41 @@ class Evaluation(Schema):
     """Heun steps of the teacher that it is compared with."""
 
 
+class Autoencoder(Schema):
+    """Train a deep-compression autoencoder (arXiv 2410.10733), whose latents a text-to-image teacher works in."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    channels: list[int] = Field(default=[48, 96, 128], min_length=1)
+    """Channels per level; a latent's side is the picture's divided by 2^levels."""
+    layers: int = Field(default=1, gt=0)
+    """Residual blocks per level."""
+    latent_channels: int = Field(default=16, gt=0)
+    """Channels of a latent."""
+    edge_weight: float = Field(default=1.0, ge=0)
+    """Weight of the error of differences between neighbouring pixels beside that of the pixels."""
+    latent_noise: float = Field(default=0.02, ge=0)
+    """Noise added to latents in training, in their own standard deviations: a generator's latents are not exact."""
+
+
+class SanaSize(Schema):
+    """A miniature Sana (arXiv 2410.10629): text encoder and linear-attention transformer, both new."""
+
+    autoencoder: Path
+    """Run folder of an `autoencoder` run, or a folder with vae/."""
+    width: int = Field(default=128, gt=0, multiple_of=32)
+    """Width of the transformer."""
+    depth: int = Field(default=8, gt=0)
+    """Blocks of the transformer."""
+    text_width: int = Field(default=96, gt=0, multiple_of=32)
+    """Width of the text encoder."""
+    text_depth: int = Field(default=2, gt=0)
+    """Layers of the text encoder."""
+    max_length: int = Field(default=16, gt=0)
+    """Tokens of a prompt."""
+
+
 class Pretrain(Schema):
-    """Train a teacher by denoising score matching (EDM, arXiv 2206.00364)."""
+    """Train a teacher by denoising score matching (EDM, arXiv 2206.00364), or by flow matching with ``sana``."""
 
     kind: Literal["pretrain"] = "pretrain"
     channels: list[int] = Field(default=[32, 64, 96], min_length=1)
@@ -174,6 +219,8 @@ class Pretrain(Schema):
     """Share of samples trained without their class, for guidance."""
     noise_levels: NoiseLevels = LogNormal(mean=-1.0, std=1.2)
     """Noise levels in training."""
+    sana: SanaSize | None = None
+    """A text-to-image flow transformer in latents, in the place of the U-Net and its channels, layers and patch."""
 
 
 class ScoreMatching(Pretrain):
@@ -373,7 +420,7 @@ class MultiStudent(Schema):
     """What each student goes through, e.g. score_matching, a row without GAN, a row with one."""
 
 
-Method = Annotated[Pretrain | ScoreMatching | MatchingMethod | MultiStudent, Field(discriminator="kind")]
+Method = Annotated[Autoencoder | Pretrain | ScoreMatching | MatchingMethod | MultiStudent, Field(discriminator="kind")]
 
 
 class Config(Schema):

@@ -23,7 +23,7 @@ from distill.schedule import learning_rate
 from distill.settings import Config, Optimizer
 from models.errors import UserError
 from models.seeds import Draws, mix
-from models.teachers.embedded import Spec
+from models.teachers.base import Spec
 
 PATIENCE = 10
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
@@ -38,8 +38,9 @@ class Trainer:
     """
 
     def __init__(self, config: Config, method: Method, stream: Stream | None, accelerator: Accelerator, spec: Spec):
-        self.config, self.method, self.stream, self.accelerator, self.spec = config, method, stream, accelerator, spec
+        self.config, self.method, self.stream, self.accelerator = config, method, stream, accelerator
         train, device = config.train, accelerator.device
+        self.spec = spec.to(device)
         self.step, self.micro_batches = 0, train.gradient_accumulation_steps
         self.size = train.batch_size // (accelerator.num_processes * self.micro_batches)
         self.bare: dict[str, nn.Module] = dict(method.networks)
@@ -59,7 +60,7 @@ class Trainer:
         schedule = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
         self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=True, **schedule)
         self.metrics = Metrics(config.output / "metrics.jsonl")
-        self.preview = Preview(config.output / "samples", spec, config.evaluation.teacher_steps, device)
+        self.preview = Preview(config.output / "samples", self.spec, config.evaluation.teacher_steps, device)
         self.bad_steps = torch.zeros(3, device=device)
         """Steps that were not finite: how many in a row up to now, in the longest row, in all."""
         self.stopping = False
@@ -124,7 +125,7 @@ class Trainer:
         torch.manual_seed(mix(seed, self.step, index, first))  # for dropout
         real = None
         if kind in self.method.pictures and self.stream is not None:
-            real = self.stream.next().to(accelerator.device)
+            real = self.stream.next().to(accelerator.device).through(self.spec)
         return Turn(micro, Draws(seeds, accelerator.device), real)
 
     def _update(self, names: list[str], loss: Tensor) -> Tensor:

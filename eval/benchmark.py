@@ -72,7 +72,7 @@ def measure(options: Options, batch: int) -> dict[str, Any]:
 def routing(options: Options, repeats: int = 15) -> None:
     """Print the seconds of one student and of several on the same mixed batch, medians of alternating calls."""
     source = teachers.resolve(options.teacher)
-    _, spec = teachers.load(source)
+    _, spec = teachers.load_class_conditional(source)
     if not 1 <= options.students <= spec.num_classes:
         raise UserError(f"--students: {options.students} students for {spec.num_classes} classes")
     with tempfile.TemporaryDirectory() as temporary:

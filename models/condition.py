@@ -65,6 +65,14 @@ class Condition:
             changes[name] = null.expand_as(value)
         return replace(self, **changes)
 
+    def dropped(self, keep: Tensor) -> Condition:
+        """Unconditional in the rows where ``keep`` (B,) is False, which is how guidance is trained."""
+        null, changes = self.null(), {}
+        for name, value in self._batched().items():
+            other = cast(Tensor, getattr(null, name))
+            changes[name] = torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, other)
+        return replace(self, **changes)
+
     @staticmethod
     def cat(parts: list[Condition]) -> Condition:
         """Concatenate along the batch; all parts must have the same fields."""

@@ -19,7 +19,7 @@ from models.condition import Condition
 from models.errors import UserError
 from models.folders import replace_folder
 from models.student import OneStepStudent
-from models.teachers import embedded, load
+from models.teachers import embedded, load_class_conditional
 
 # ---------------------------------------------------------------------------------------------------- partitions
 
@@ -170,7 +170,7 @@ class MultiStudent:
     def student(self, index: int) -> OneStepStudent:
         """One of them, loaded if it is not."""
         if index not in self._loaded:
-            denoiser, spec = load(self.folder if index == 0 else self.folder / f"student_{index}")
+            denoiser, spec = load_class_conditional(self.folder if index == 0 else self.folder / f"student_{index}")
             if spec.sigma_init is None:
                 raise UserError(f"{self.folder}: student {index} is not a one-step student")
             while self.max_loaded is not None and len(self._loaded) >= self.max_loaded:

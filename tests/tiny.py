@@ -11,7 +11,6 @@ import torch
 import yaml
 from PIL import Image
 
-from models.export import export
 from models.teachers.embedded import PatchUNet, Spec
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +22,7 @@ def save_network(folder: Path, sigma_init: float | None, seed: int, size: int = 
     torch.manual_seed(seed)
     network = PatchUNet.create(1, size, classes, [8, 32], patch=4, layers=1)
     spec = Spec(4, classes, 1, size, 0.5, sigma_init, NAMES[:classes])
-    export(folder, network, spec, "")
+    spec.save(folder, network, "")
     return folder
 
 

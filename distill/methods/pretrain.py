@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from distill.losses import denoising_loss
 from distill.methods.base import Logs, Turn
 from distill.settings import Pretrain
-from models.condition import NULL_CLASS, Condition
+from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.student import heun
 
@@ -28,9 +28,7 @@ class Pretraining:
     def student_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
         assert turn.real is not None
         x0, cond, draws = turn.real.images, turn.real.cond, turn.draws
-        if cond.class_ids is not None:
-            keep = draws.uniform() >= self.settings.drop_condition
-            cond = Condition(class_ids=torch.where(keep, cond.class_ids, NULL_CLASS))
+        cond = cond.dropped(draws.uniform() >= self.settings.drop_condition)
         process = self.denoiser.process
         t = self.settings.noise_levels.times(draws.uniform(), process)
         x_t = process.add_noise(x0, draws.normal(*x0.shape[1:]), t)

@@ -5,6 +5,7 @@ Metadata are what GenEval (arXiv 2310.11513) has in one line of ``evaluation_met
 ``"position": [relation, index of the include it refers to]``, always 0: the reference comes first.
 """
 
+import functools
 import random
 import re
 from collections.abc import Container, Sequence
@@ -162,6 +163,19 @@ def prompts(seed: int, count: int, exclude: Container[str] = ()) -> list[Metadat
             raise UserError(f"prompts: every caption of the task {task} is excluded")
         lists.append(list(found.values()))
     return [lists[i % len(TASKS)][i // len(TASKS) % len(lists[i % len(TASKS)])] for i in range(count)]
+
+
+EVALUATION = 2026
+"""Seed of the prompts that students are judged by."""
+
+
+@functools.cache
+def held_out() -> frozenset[str]:
+    """Captions that no training picture has: of the prompts for evaluation those that join two solids.
+
+    The other tasks have too few captions to keep some back.
+    """
+    return frozenset(m["prompt"] for m in prompts(EVALUATION, 600) if m["tag"] in ("position", "color_attr"))
 
 
 # ----------------------------------------------------------------------------------------------------- parsing

@@ -7,7 +7,8 @@ from safetensors import SafetensorError
 
 from models.denoiser import Denoiser
 from models.errors import UserError
-from models.teachers import embedded
+from models.teachers import embedded, sana
+from models.teachers.sana import SanaSpec
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 
@@ -23,13 +24,26 @@ def resolve(path: str | Path) -> Path:
     return PRETRAINED / name
 
 
-def load(path: str | Path) -> tuple[Denoiser, embedded.Spec]:
+def load_class_conditional(path: str | Path) -> tuple[Denoiser, embedded.Spec]:
+    """As :func:`load`, of a folder that is asked for classes; UserError if it is another."""
+    denoiser, spec = load(path)
+    if isinstance(spec, SanaSpec):
+        raise UserError(f"{path} is asked for prompts, not for classes")
+    return denoiser, spec
+
+
+def load(path: str | Path) -> tuple[Denoiser, embedded.Spec | SanaSpec]:
     """The denoiser at ``path`` in float32, and what its folder says of it. UserError if there is none."""
     folder = resolve(path)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"teacher {path}: {folder} has no model_index.json; give a folder that this project exported")
     try:
-        return embedded.load(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        match index["_class_name"]:
+            case "SanaPipeline" | "SanaSprintPipeline":
+                return sana.load(folder)
+            case _:
+                return embedded.load(folder)
     except (OSError, KeyError, TypeError, ValueError, json.JSONDecodeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"teacher {path}: {folder} cannot be read: {reason}") from error

@@ -5,9 +5,11 @@ it a denoiser. The folder holds its own ``pipeline.py`` too (models/pipelines), 
 """
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 
 from models.condition import Condition
 from models.denoiser import Denoiser
+from models.folders import replace_folder
+from models.pipelines import class_conditional
 from models.process import EDM
 
 
@@ -72,6 +76,57 @@ class Spec:
     sigma_init: float | None
     class_names: list[str]
     student_of_class: list[int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        return self.shape
+
+    @property
+    def student(self) -> bool:
+        return self.sigma_init is not None
+
+    @property
+    def summary(self) -> str:
+        names = ", ".join(self.class_names)
+        return f"{self.num_classes} classes ({names}), {self.size} x {self.size}, {self.channels} channel(s)."
+
+    @property
+    def usage(self) -> str:
+        return """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("PATH", trust_remote_code=True)  # runs pipeline.py of this folder
+images = pipe([0, 1, 2], seeds=[0, 1, 2]).images"""
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def preview(self, count: int) -> Condition:
+        return Condition(class_ids=torch.arange(count) % min(10, self.num_classes))
+
+    def to(self, _device: torch.device | str) -> "Spec":
+        return self
+
+    def save(self, folder: Path, network: nn.Module, card: str) -> None:
+        """unet/, pipeline.py, model_index.json and README.md, through a temporary folder."""
+        index = {
+            "_class_name": ["pipeline", "ClassConditionalPipeline"],
+            "_diffusers_version": diffusers.__version__,
+            "unet": ["diffusers", "UNet2DModel"],
+            **asdict(self),
+        }
+        assert isinstance(network, PatchUNet)
+        with replace_folder(folder) as temporary:
+            network.unet.save_pretrained(temporary / "unet", safe_serialization=True)
+            shutil.copy(class_conditional.__file__, temporary / "pipeline.py")
+            (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (temporary / "README.md").write_text(card)
 
 
 def read_spec(folder: Path) -> Spec:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -70,13 +70,13 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
     """
     if transformer.config["guidance_embeds"]:
         return copy.deepcopy(transformer)
-    grown = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=True)
+    grown: Any = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=True)
     names = {name: name.replace("time_embed.emb.", "time_embed.") for name in transformer.state_dict()}
     state = {names[name]: value for name, value in transformer.state_dict().items()}
     missing, unexpected = grown.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("time_embed.guidance_embedder.") for name in missing):
         raise ValueError(f"the transformer does not fit its own class with guidance: {unexpected}, {missing}")
-    embedder = grown.time_embed.guidance_embedder  # type: ignore[union-attr]
+    embedder = grown.time_embed.guidance_embedder
     nn.init.normal_(embedder.linear_1.weight, std=0.02)
     nn.init.zeros_(embedder.linear_1.bias)
     nn.init.zeros_(embedder.linear_2.weight)
@@ -116,12 +116,36 @@ class SanaSpec:
         return self.vae.config["in_channels"], side * self.shape[1], side * self.shape[2]
 
     @property
+    def student(self) -> bool:
+        return self.times is not None
+
+    @property
+    def summary(self) -> str:
+        _, height, width = self.picture
+        return f"Text to image, {height} x {width}, in latents of {' x '.join(map(str, self.shape))}."
+
+    @property
+    def usage(self) -> str:
+        _, height, width = self.picture
+        name, steps = ("SanaSprintPipeline", 1) if self.student else ("SanaPipeline", 20)
+        return f"""from diffusers import {name}
+
+pipe = {name}.from_pretrained("PATH")
+size = {{"height": {height}, "width": {width}, "use_resolution_binning": False}}
+text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_length}}}
+image = pipe("{self.examples[0]}", num_inference_steps={steps}, **size, **text).images[0]"""
+
+    @property
     def max_length(self) -> int:
         return min(LONGEST, self.tokenizer.model_max_length)
 
+    def preview(self, count: int) -> Condition:
+        scale = None if self.times is None else self.guidance
+        return self.text([self.examples[i % len(self.examples)] for i in range(count)], scale)
+
     def to(self, device: torch.device | str) -> "SanaSpec":
         """Move the frozen parts; a joint text encoder moves with its network."""
-        self.vae.to(device)
+        cast(nn.Module, self.vae).to(device)
         if not self.joint:
             self.text_encoder.to(device)
         self._null.clear()
@@ -165,8 +189,9 @@ class SanaSpec:
         words = prompt.lower().split()
         return [word for word in words if unknown in self.tokenizer(word, add_special_tokens=False).input_ids]
 
-    def save(self, folder: Path, network: SanaNetwork, card: str) -> None:
+    def save(self, folder: Path, network: nn.Module, card: str) -> None:
         """Write ``folder`` through a temporary one, as SanaPipeline (teacher) or SanaSprintPipeline (student)."""
+        assert isinstance(network, SanaNetwork)
         text_encoder = network.text_encoder or self.text_encoder
         parts: dict[str, Any] = {
             "tokenizer": self.tokenizer,
@@ -178,7 +203,8 @@ class SanaSpec:
             shift = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.flow_shift}
             pipeline: Any = SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**shift))
         else:
-            pipeline = SanaSprintPipeline(**parts, scheduler=SCMScheduler(sigma_data=self.sigma_data))
+            scheduler: Any = SCMScheduler(sigma_data=self.sigma_data)
+            pipeline = SanaSprintPipeline(**parts, scheduler=scheduler)
         studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples}
         with replace_folder(folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
@@ -241,7 +267,7 @@ def new_transformer(
 def new_text_encoder(vocabulary: int, width: int, depth: int, max_length: int, head_dim: int = 32) -> Gemma2Model:
     """A Gemma 2 with random weights."""
     heads = max(1, width // head_dim)
-    config = Gemma2Config(
+    sizes: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
@@ -257,7 +283,7 @@ def new_text_encoder(vocabulary: int, width: int, depth: int, max_length: int, h
         eos_token_id=1,
         attn_implementation="eager",
     )
-    return Gemma2Model(config)
+    return Gemma2Model(Gemma2Config(**sizes))
 
 
 def new_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerBase:
@@ -278,7 +304,7 @@ def new_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerB
 
 
 def new_autoencoder(channels: Sequence[int], latent_channels: int, layers: int) -> AutoencoderDC:
-    """A deep-compression autoencoder (arXiv 2410.10733) with random weights; ``2^len(channels)`` pixels per latent side.
+    """A deep-compression autoencoder (arXiv 2410.10733) with random weights, ``2^len(channels)`` pixels to a latent.
 
     The first level has no layers: pictures are folded at once, since convolutions at full resolution are what a CPU
     pays for.
