@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.errors import UserError
@@ -32,10 +31,8 @@ def jvp(
                 "floating-point type (a time given as an integer index has no derivative: use .float())"
             )
     try:
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            duals = [forward_ad.make_dual(p, v) for p, v in zip(primals, tangents, strict=True)]
-            value, tangent = forward_ad.unpack_dual(function(*duals))
-            return value, torch.zeros_like(value) if tangent is None else tangent
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(function, tuple(primals), tuple(tangents))
     except NotImplementedError as error:
         if "forward AD" not in str(error):
             raise
