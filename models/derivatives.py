@@ -1,4 +1,4 @@
-"""Directional derivatives of networks: exact ones by forward-mode differentiation, and differences along TrigFlow's circle."""
+"""Directional derivatives of networks: exact ones by forward mode, and differences along TrigFlow's circle."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,7 +32,8 @@ def jvp(
             )
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(function, tuple(primals), tuple(tangents))
+            value, derivative = torch.func.jvp(function, tuple(primals), tuple(tangents))  # type: ignore[misc]
+            return value, derivative
     except NotImplementedError as error:
         if "forward AD" not in str(error):
             raise

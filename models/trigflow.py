@@ -1,4 +1,4 @@
-"""Any teacher as a TrigFlow network: its own prediction turned into F exactly, without training (SANA-Sprint, Sec. 3.1)."""
+"""Any teacher as a TrigFlow network: its own prediction turned into F, exactly and without training."""
 
 import math
 from collections.abc import Sequence

@@ -164,7 +164,7 @@ def test_integer_times_are_refused() -> None:
     x, t = torch.randn(2, 3), torch.tensor([1, 2])
     with pytest.raises(TypeError, match=r"argument 1 is torch.int64.*\.float\(\)"):
         jvp(field, (x, t), (x, t))
-    with pytest.raises(TypeError, match="argument 1 is torch.float32 with a tangent of torch.float64"):
+    with pytest.raises(TypeError, match=r"argument 1 is torch.float32 with a tangent of torch.float64"):
         jvp(field, (x, t.float()), (x, t.double()))
 
 
@@ -174,9 +174,9 @@ def test_a_fused_attention_without_derivative_is_named_not_ignored() -> None:
             return F.scaled_dot_product_attention(x, x, x)
 
     x = torch.randn(1, 2, 4, 8)
-    with pytest.raises(UserError, match="no forward derivative: choose its native"):
+    with pytest.raises(UserError, match="no forward derivative: choose its native") as caught:
         jvp(field, (x, torch.ones(1)), (x, torch.ones(1)))
-    assert "\n" not in str(pytest.raises(UserError, jvp, field, (x, torch.ones(1)), (x, torch.ones(1))).value)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_global_is_left_behind() -> None:

@@ -1,4 +1,4 @@
-"""The TrigFlow view of a teacher: conversion, ODE endpoints, time range and derivatives, in float64 where it matters."""
+"""The TrigFlow view of a teacher: conversion, ODE endpoints, time range and derivatives."""
 
 import math
 from collections.abc import Callable
@@ -219,7 +219,7 @@ def test_times_are_never_less_than_float32() -> None:
 @both_conventions
 @every_teacher
 def test_forward_derivatives_are_those_of_differences(inner: Process, kind: str, scale: float) -> None:
-    """Also at the last time, where a clamp would lose the tangent; of the discrete table inside one of its intervals."""
+    """Also at the last time, where a clamp would lose the tangent; of a discrete table between two entries."""
     view = view_of(inner, kind, scale, Field())
     p = view.process
     t = torch.cat([torch.linspace(max(0.1, 2 * p.t_min), 0.97 * p.t_max, 9, dtype=torch.float64), vector(p.t_max)])
