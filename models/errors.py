@@ -1,5 +1,20 @@
-"""The one error class for what a user can put right."""
+"""The one error class for what a user can put right, and how a command line shows it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake of the user's: the message is one line that says what to do. The command line exits with status 2."""
+
+
+def run_command(action: Callable[[], None]) -> None:
+    """Run a command line: a UserError is one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -17,6 +17,11 @@ def expand_to(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
+def clamp_keeping_slope(values: Tensor, low: float, high: float) -> Tensor:
+    """``clamp`` whose derivative is 1 everywhere: a time at the end of its range must not lose its tangent."""
+    return values.detach().clamp(low, high) + (values - values.detach())
+
+
 class Process(ABC):
     """A Gaussian noise process. All methods take and return tensors of shape (B,) unless said otherwise.
 
@@ -92,7 +97,7 @@ class DiscreteVP(Process):
     def log_ratio(self, t: Tensor) -> Tensor:
         """``log(sigma / alpha)`` at index ``t``."""
         table = self.log_ratios.to(t.device)
-        t = t + (t.clamp(self.t_min, self.t_max) - t).detach()  # clamp itself has no slope at the ends
+        t = clamp_keeping_slope(t, self.t_min, self.t_max)
         low = t.detach().floor().clamp(max=self.t_max - 1).long()
         return (table[low] + (t - low) * (table[low + 1] - table[low])).to(t.dtype)
 
@@ -107,7 +112,7 @@ class DiscreteVP(Process):
         target = ratio.double().log()
         low = (torch.searchsorted(table, target.detach()) - 1).clamp(0, len(table) - 2)
         t = low + (target - table[low]) / (table[low + 1] - table[low])
-        return t.clamp(self.t_min, self.t_max).to(ratio.dtype)
+        return clamp_keeping_slope(t, self.t_min, self.t_max).to(ratio.dtype)
 
     def spaced(self, u: Tensor) -> Tensor:
         return u * self.t_max
@@ -140,22 +145,32 @@ class RectifiedFlow(Process):
 
 
 class TrigFlow(Process):
-    """``x_t = cos(t) x0 + sin(t) z`` with ``z ~ N(0, sigma_data^2)`` (sCM, arXiv 2410.11081, Sec. 3).
+    """``x_t = cos(t) k x0 + sin(t) z`` with ``z ~ N(0, sigma_data^2)`` (sCM, arXiv 2410.11081, Sec. 3).
 
-    In this file's notation ``alpha = cos t`` and ``sigma = sigma_data sin t``.
+    In this file's notation ``alpha = k cos t`` and ``sigma = sigma_data sin t``. ``data_scale`` k makes the standard
+    deviation of the scaled data ``k x0`` equal to sigma_data. Two conventions are in use: k = 1 where the data have
+    that deviation by themselves (EDM, FastGen), and k = sigma_data where theirs is 1, as latents' (SANA).
     """
 
-    def __init__(self, sigma_data: float = 0.5, t_min: float = 1e-3, t_max: float = math.pi / 2 - 1e-4):
-        self.sigma_data, self.t_min, self.t_max = sigma_data, t_min, t_max
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        t_min: float = 1e-3,
+        t_max: float = math.pi / 2 - 1e-4,
+        data_scale: float = 1.0,
+    ):
+        if sigma_data <= 0 or data_scale <= 0:
+            raise ValueError(f"sigma_data and data_scale must be positive, got {sigma_data} and {data_scale}")
+        self.sigma_data, self.t_min, self.t_max, self.data_scale = sigma_data, t_min, t_max, data_scale
 
     def alpha(self, t: Tensor) -> Tensor:
-        return t.cos()
+        return self.data_scale * t.cos()
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_data * t.sin()
 
     def time_from_ratio(self, ratio: Tensor) -> Tensor:
-        return torch.atan(ratio / self.sigma_data)
+        return torch.atan(ratio * (self.data_scale / self.sigma_data))
 
     def spaced(self, u: Tensor) -> Tensor:
         return self.t_min + (self.t_max - self.t_min) * u

@@ -14,7 +14,8 @@ from models.process import Process, expand_to
 class Denoises(Protocol):
     """Anything that can be sampled from: a Denoiser, a guided or a reparameterised one."""
 
-    process: Process
+    @property
+    def process(self) -> Process: ...
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
 
