@@ -301,9 +301,6 @@ class Rendered:
         return torch.stack([x0, y0, x1, y1], -1)
 
 
-_STEPS = 24
-
-
 @torch.no_grad()
 def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | None = None) -> Rendered:
     """Render ``size`` x ``size`` pictures from each scene's own camera, or from ``cameras`` instead.
@@ -314,13 +311,14 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     """
     cameras = cameras or [scene.camera for scene in scenes]
     origins, directions = rays(cameras, size)
-    directions = directions.flatten(2)
+    directions = directions.flatten(1, 2)
     light = torch.tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
-    light = light / light.norm(dim=1, keepdim=True)
+    light = torch.nn.functional.normalize(light, dim=1)
 
     flat = [(b, k, solid) for b, scene in enumerate(scenes) for k, solid in enumerate(scene.solids)]
     batch = torch.tensor([b for b, _, _ in flat])
     number = torch.tensor([k for _, k, _ in flat])
+    kind = torch.tensor([SHAPES.index(solid.shape) for _, _, solid in flat])
     radius = torch.tensor([solid.radius for _, _, solid in flat])
     centre = torch.tensor([solid.centre for _, _, solid in flat])
     rotation = torch.tensor([solid.rotation for _, _, solid in flat])
@@ -328,48 +326,47 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     towards = centre - origins[batch]
     half = torch.tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
 
-    grey = _background(scenes, origins, directions, light, batch, centre, radius)
-    parts: list[tuple[Tensor, ...]] = []
-    for shape in SHAPES:
-        members = torch.tensor([i for i, (_, _, solid) in enumerate(flat) if solid.shape == shape], dtype=torch.long)
-        # Rays in front of the camera that pass the bounding sphere, grown by half a pixel.
-        along = torch.bmm(towards[members, None], directions[batch[members]]).squeeze(1)
-        reach = (radius * (1 + half))[members, None].square() - towards[members].square().sum(1, keepdim=True)
-        chord = reach + along.square()
-        row, place = ((chord > 0) & (along > 0)).nonzero(as_tuple=True)
-        solid = members[row]
-        world = directions[batch[solid], :, place].T
-        turn, scale = rotation[solid].permute(1, 2, 0), 1 / radius[solid]
-        heading = (turn * world[:, None]).sum(0)
-        start = -(rotation * towards[:, :, None]).sum(1)[solid].T * scale
-        entry = ((along[row, place] - chord[row, place].sqrt()) * scale).clamp(min=0)
-        rows, coverage, distance, normal = _trace(shape, start, heading, entry, half[solid])
-        solid, world = solid[rows], world[:, rows]
-        normal = (turn[:, :, rows] * normal).sum(1)
-        sun = light[batch[solid]].T
+    # Rays in front of the camera that pass a bounding sphere, grown by half a pixel.
+    along = torch.bmm(directions[batch], towards[:, :, None]).squeeze(2)
+    reach = (radius * (1 + half)).square() - towards.square().sum(1)
+    chord = torch.addcmul(reach[:, None], along, along)
+    which, place = ((chord > 0) & (along > 0)).nonzero(as_tuple=True)
+    entry = (along[which, place] - chord[which, place].sqrt()).clamp(min=0) / radius[which]
+    traced: list[tuple[Tensor, ...]] = []
+    for k, shape in enumerate(SHAPES):
+        chosen = (kind[which] == k).nonzero().squeeze(1)
+        solid, spot = which[chosen], place[chosen]
+        world = directions.flatten(0, 1)[batch[solid] * size**2 + spot].T.contiguous()
+        turn = rotation.permute(1, 2, 0)[:, :, solid]
+        start = -(turn * (towards / radius[:, None]).T[:, None, solid]).sum(0)
+        rows, coverage, distance, normal = _trace(
+            shape, start, (turn * world[:, None]).sum(0), entry[chosen], half[solid]
+        )
+        solid, world, normal = solid[rows], world[:, rows], (turn[:, :, rows] * normal).sum(1)
+        sun = light.T[:, batch[solid]]
         gloss = torch.nn.functional.normalize(sun - world, dim=0)
         diffuse, specular = (normal * sun).sum(0).clamp(min=0), (normal * gloss).sum(0).clamp(min=0) ** 32
-        sky = 0.05 * (1 + normal[1]) + 0.05 * diffuse + 0.22 * specular
-        colour = (albedo[solid].T * (0.60 + 0.38 * diffuse) + sky).clamp(max=1)
-        parts.append((solid, place[rows], coverage, distance * radius[solid], colour.T))
-    solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*parts, strict=True))
+        matt = albedo.T[:, solid] * (0.62 + 0.36 * diffuse)
+        sheen = 0.05 * (1 + normal[1]) + 0.05 * diffuse + 0.25 * specular
+        traced.append(
+            (solid, spot[rows], coverage, distance * radius[solid], torch.lerp(matt, sheen.new_ones(()), sheen).T)
+        )
+    solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*traced, strict=True))
 
     # From far to near. Among disjoint bounding spheres that is the order of |distance|^2 - radius^2 along every ray.
     power = towards.square().sum(1) - radius.square()
-    same = batch[:, None] == batch
-    rank = (same & (power[:, None] < power)).sum(1)
-    image = grey[:, None].repeat(1, 3, 1)
-    index = torch.full((len(scenes), size * size), -1)
-    depth = torch.full((len(scenes), size * size), math.inf)
+    rank = ((batch[:, None] == batch) & (power[:, None] < power)).sum(1)[solid]
+    pixel = batch[solid] * size**2 + place
+    image = _background(scenes, origins, directions, light, batch, centre, radius).flatten()[:, None].repeat(1, 3)
+    index, depth = torch.full((len(image),), -1), torch.full((len(image),), math.inf)
     for level in range(int(rank.max()) + 1):
-        chosen = (rank[solid] == level).nonzero().squeeze(1)
-        row, column, weight = batch[solid[chosen]], place[chosen], coverage[chosen, None]
-        image[row, :, column] = torch.lerp(image[row, :, column], colour[chosen], weight)
-        seen = weight[:, 0] >= 0.5
-        index[row[seen], column[seen]] = number[solid[chosen]][seen]
-        depth[row[seen], column[seen]] = distance[chosen][seen]
-    shaped = (len(scenes), -1, size, size)
-    return Rendered(image.reshape(shaped) * 2 - 1, index.reshape(shaped)[:, 0], depth.reshape(shaped)[:, 0])
+        chosen = (rank == level).nonzero().squeeze(1)
+        where = pixel[chosen]
+        image[where] = torch.lerp(image[where], colour[chosen], coverage[chosen, None])
+        chosen = chosen[coverage[chosen] >= 0.5]
+        index[pixel[chosen]], depth[pixel[chosen]] = number[solid[chosen]], distance[chosen]
+    images = image.reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous() * 2 - 1
+    return Rendered(images, index.reshape(-1, size, size), depth.reshape(-1, size, size))
 
 
 def _background(
@@ -383,43 +380,49 @@ def _background(
 ) -> Tensor:
     """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1]."""
     tone = torch.tensor([scene.tone for scene in scenes])[:, None]
-    down = directions[:, 1].clamp(max=-1e-3)
-    distance = (FLOOR - origins[:, 1:2]) / down
-    x, z = (origins[:, i, None] + distance * directions[:, i] for i in (0, 2))
-    near = torch.exp((x * x + z * z) * -0.06) * (directions[:, 1] < 0)
-    grey = tone + 0.12 * directions[:, 1] + 0.14 * near
+    right, up, back = (part.contiguous() for part in directions.unbind(2))
+    distance = (FLOOR - origins[:, 1:2]) / up.clamp(max=-1e-3)
+    x, z = origins[:, 0:1] + distance * right, origins[:, 2:3] + distance * back
+    near = torch.exp((x * x + z * z) * -0.06) * (up < 0)
+    grey = tone + 0.12 * up + 0.14 * near
     # What a ball hides of a floor point's sky, r^2 h / d^3 for height h and distance d, drawn out away from the light.
-    height = centre[:, 1] - FLOOR
-    away = 0.5 * height[:, None] * light[batch] / light[batch, 1:2]
-    across, back = x[batch] - (centre - away)[:, 0:1], z[batch] - (centre - away)[:, 2:3]
-    squared = across * across + back * back + height[:, None].square()
-    hidden = (0.7 * radius.square() * height)[:, None] * squared.rsqrt() / squared
-    shadow = torch.zeros_like(grey).index_add_(0, batch, hidden).clamp(max=1) * (directions[:, 1] < 0)
+    height = centre[:, 1:2] - FLOOR
+    foot = centre - 0.5 * height * light[batch] / light[batch, 1:2]
+    dx, dz = x[batch] - foot[:, 0:1], z[batch] - foot[:, 2:3]
+    inverse = torch.addcmul(torch.addcmul(height * height, dx, dx), dz, dz).rsqrt()
+    hidden = 0.7 * radius[:, None].square() * height * inverse**3
+    shadow = torch.zeros_like(grey).index_add_(0, batch, hidden).clamp(max=1) * (up < 0)
     return (grey * (1 - 0.5 * shadow)).clamp(0, 1)
 
 
-def _trace(shape: str, start: Tensor, heading: Tensor, t: Tensor, half: Tensor) -> tuple[Tensor, ...]:
-    """March rays (3, N) from ``t`` (N,) in the shape's frame, half a pixel being ``half`` (N,) long at the solid.
+def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+    """March rays (3, N) from ``entry`` (N,) in the shape's frame, half a pixel being ``half`` (N,) long at the solid.
 
     Returns the rows (M,) whose coverage (M,) is not 0, their distance (M,) along the ray and outward normals (3, M).
     """
-    # The surface half a pixel further in: the least distance to it gives the coverage on both sides of the true one.
-    least, nearest = torch.full_like(t, math.inf), t
-    for _ in range(_STEPS):
-        distance = unit_sdf(shape, torch.addcmul(start, heading, t).T) + half
-        closer = distance < least
-        least, nearest = torch.where(closer, distance, least), torch.where(closer, t, nearest)
-        t = t + distance
+    leave = -2 * (start * heading).sum(0) - entry
+    t, least, nearest = entry.clone(), torch.full_like(entry, math.inf), entry.clone()
+    live = torch.arange(len(t))
+    for _ in range(5):
+        o, d, s, low, best, inset = start[:, live], heading[:, live], t[live], least[live], nearest[live], half[live]
+        for _ in range(6):
+            # To the surface half a pixel further in: the least of it gives the coverage on both sides of the true one.
+            distance = unit_sdf(shape, torch.addcmul(o, d, s).T) + inset
+            best = torch.where(distance < low, s, best)
+            low = torch.minimum(low, distance)
+            s = s + distance
+        t[live], least[live], nearest[live] = s, low, best
+        live = live[(low > 0.02 * inset) & (s < leave[live])]
     coverage = 1 - least / (2 * half)
     rows = (coverage > 0).nonzero().squeeze(1)
     start, heading, t, half = start[:, rows], heading[:, rows], nearest[rows], half[rows]
     # Differences over half a pixel also smooth the creases between faces.
-    corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])
-    points = (start + heading * t)[:, :, None] + half[:, None] * corners[:, None]
+    corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])[:, :, None]
+    points = (start + heading * t)[:, None] + half * corners
     values = unit_sdf(shape, points.movedim(0, -1))
-    normal = torch.nn.functional.normalize((corners[:, None] * values).sum(2), dim=0)
+    normal = torch.nn.functional.normalize((corners * values).sum(1), dim=0)
     facing = (normal * heading).sum(0).clamp(max=-0.25)
-    return rows, coverage[rows].clamp(max=1), t - values.mean(1) / facing, normal
+    return rows, coverage[rows].clamp(max=1), t - values.mean(0) / facing, normal
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
