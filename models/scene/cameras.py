@@ -55,12 +55,11 @@ def camera_to_world(cameras: Sequence[Camera]) -> Tensor:
 
 
 def rays(cameras: Sequence[Camera], size: int) -> tuple[Tensor, Tensor]:
-    """Origins (B, 3) and unit directions (B, H, W, 3) through the pixel centres of ``size`` x ``size`` pictures."""
+    """Origins (B, 3) and unit directions (B, 3, H, W) through the pixel centres of ``size`` x ``size`` pictures."""
     matrix = camera_to_world(cameras)
     grid = (torch.arange(size) + 0.5) * (2 / size) - 1
-    y, x = torch.meshgrid(-grid, grid, indexing="ij")
-    slope = torch.tensor([camera.slope for camera in cameras])[:, None, None]
-    local = torch.stack([x * slope, y * slope, -torch.ones_like(x * slope)], -1)
-    local = local / local.square().sum(-1, keepdim=True).sqrt()
-    directions = torch.bmm(local.flatten(1, 2), matrix[:, :3, :3].mT)
-    return matrix[:, :3, 3], directions.unflatten(1, (size, size))
+    slope = torch.tensor([camera.slope for camera in cameras])[:, None, None, None]
+    right, up, back = matrix[:, :3, :3, None, None].unbind(2)
+    directions = right * (slope * grid) - up * (slope * grid[:, None]) - back
+    length = (1 + slope.square() * (grid.square() + grid[:, None].square())).sqrt()
+    return matrix[:, :3, 3], directions / length

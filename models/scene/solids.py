@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.scene.cameras import Camera, rays
+from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
 from models.seeds import mix
 
@@ -35,9 +35,9 @@ RGB = {
     "green": (0.10, 0.62, 0.18),
     "blue": (0.10, 0.28, 0.92),
     "purple": (0.52, 0.14, 0.78),
-    "pink": (1.00, 0.56, 0.76),
-    "brown": (0.42, 0.23, 0.10),
-    "black": (0.05, 0.05, 0.06),
+    "pink": (1.00, 0.46, 0.72),
+    "brown": (0.45, 0.24, 0.09),
+    "black": (0.06, 0.06, 0.07),
     "white": (0.96, 0.96, 0.96),
 }
 """Albedo of each of ``captions.COLOURS``, display RGB in [0, 1]."""
@@ -49,6 +49,7 @@ _CYLINDER = (0.66, (1 - 0.66**2) ** 0.5)
 _TORUS = (0.7, 0.3)
 _CONE_BASE = -0.5
 _PYRAMID_BASE = -0.36
+_TINY = 1e-30  # under a square root, whose slope at 0 would make gradients NaN
 
 
 def unit_sdf(shape: str, points: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def _length(*parts: Tensor) -> Tensor:
     total = parts[0] * parts[0]
     for part in parts[1:]:
         total = torch.addcmul(total, part, part)
-    return total.sqrt()
+    return total.clamp(min=_TINY).sqrt()
 
 
 def _hypotenuse(run: float, rise: float) -> float:
@@ -110,7 +111,7 @@ def _slant(x: Tensor, y: Tensor, run: float, rise: float) -> tuple[Tensor, Tenso
 
 
 def _signed(squared: Tensor, inside: Tensor) -> Tensor:
-    distance = squared.sqrt()
+    distance = squared.clamp(min=_TINY).sqrt()
     return torch.where(inside, -distance, distance)
 
 
@@ -265,7 +266,7 @@ def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container
     rng = random.Random(mix(seed, 1))
     uniform = lambda low, high: low + (high - low) * rng.random()
     camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))
-    tone, light = uniform(0.44, 0.56), uniform(-60, 60)
+    tone, light = uniform(0.40, 0.52), uniform(-60, 60)
     for attempt in itertools.count():
         if solids := _arranged(rng, metadata, camera, scale=0.97**attempt):
             return Scene(solids, camera, metadata, tone, light)
@@ -311,7 +312,7 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     """
     cameras = cameras or [scene.camera for scene in scenes]
     origins, directions = rays(cameras, size)
-    directions = directions.flatten(1, 2)
+    directions = directions.flatten(2)
     light = torch.tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
     light = torch.nn.functional.normalize(light, dim=1)
 
@@ -327,30 +328,31 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     half = torch.tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
 
     # Rays in front of the camera that pass a bounding sphere, grown by half a pixel.
-    along = torch.bmm(directions[batch], towards[:, :, None]).squeeze(2)
-    reach = (radius * (1 + half)).square() - towards.square().sum(1)
-    chord = torch.addcmul(reach[:, None], along, along)
-    which, place = ((chord > 0) & (along > 0)).nonzero(as_tuple=True)
-    entry = (along[which, place] - chord[which, place].sqrt()).clamp(min=0) / radius[which]
+    bound = radius * (1 + half)
+    which, place = _windows(cameras, batch, centre, bound, size)
+    channels = torch.arange(3)[:, None] * size**2
+    world = directions.flatten()[channels + (batch[which] * (3 * size**2) + place)]
+    along = (towards.T[:, which] * world).sum(0)
+    chord = torch.addcmul((bound.square() - towards.square().sum(1))[which], along, along)
+    entry = (along - chord.clamp(min=0).sqrt()).clamp(min=0) / radius[which]
+    kind = torch.where((chord > 0) & (along > 0), kind[which], -1)
     traced: list[tuple[Tensor, ...]] = []
     for k, shape in enumerate(SHAPES):
-        chosen = (kind[which] == k).nonzero().squeeze(1)
-        solid, spot = which[chosen], place[chosen]
-        world = directions.flatten(0, 1)[batch[solid] * size**2 + spot].T.contiguous()
+        chosen = (kind == k).nonzero().squeeze(1)
+        solid, ray = which[chosen], world[:, chosen]
         turn = rotation.permute(1, 2, 0)[:, :, solid]
-        start = -(turn * (towards / radius[:, None]).T[:, None, solid]).sum(0)
+        start = -(rotation * (towards / radius[:, None])[:, :, None]).sum(1).T[:, solid]
         rows, coverage, distance, normal = _trace(
-            shape, start, (turn * world[:, None]).sum(0), entry[chosen], half[solid]
+            shape, start, (turn * ray[:, None]).sum(0), entry[chosen], half[solid]
         )
-        solid, world, normal = solid[rows], world[:, rows], (turn[:, :, rows] * normal).sum(1)
+        solid, ray, normal = solid[rows], ray[:, rows], (turn[:, :, rows] * normal).sum(1)
         sun = light.T[:, batch[solid]]
-        gloss = torch.nn.functional.normalize(sun - world, dim=0)
-        diffuse, specular = (normal * sun).sum(0).clamp(min=0), (normal * gloss).sum(0).clamp(min=0) ** 32
-        matt = albedo.T[:, solid] * (0.62 + 0.36 * diffuse)
-        sheen = 0.05 * (1 + normal[1]) + 0.05 * diffuse + 0.25 * specular
-        traced.append(
-            (solid, spot[rows], coverage, distance * radius[solid], torch.lerp(matt, sheen.new_ones(()), sheen).T)
-        )
+        diffuse = (normal * sun).sum(0).clamp(min=0)
+        specular = (normal * _unit(sun - ray)).sum(0).clamp(min=0) ** 32
+        matt = albedo.T[:, solid] * (0.72 + 0.28 * diffuse)
+        sheen = 0.03 * (1 + normal[1]) + 0.05 * diffuse + 0.20 * specular
+        colour = matt + sheen * (1 - matt)
+        traced.append((solid, place[chosen][rows], coverage, distance * radius[solid], colour.T))
     solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*traced, strict=True))
 
     # From far to near. Among disjoint bounding spheres that is the order of |distance|^2 - radius^2 along every ray.
@@ -369,6 +371,35 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     return Rendered(images, index.reshape(-1, size, size), depth.reshape(-1, size, size))
 
 
+def _windows(
+    cameras: Sequence[Camera], batch: Tensor, centre: Tensor, radius: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """The pixels of each bounding sphere's box: the sphere and the place, row * ``size`` + column, of each (N,)."""
+    view = camera_to_world(cameras)[batch]
+    x, y, z = (view[:, :3, :3].mT @ (centre - view[:, :3, 3])[:, :, None])[:, :, 0].unbind(1)
+    slope = torch.tensor([camera.slope for camera in cameras])[batch]
+
+    def interval(across: Tensor) -> tuple[Tensor, Tensor]:
+        middle, sine = torch.atan2(across, -z), radius / torch.hypot(across, z)
+        spread = torch.where((sine < 1) & (-z > radius), sine.clamp(max=1).asin(), math.pi)  # or all of the picture
+        ends = [(middle + sign * spread).clamp(-1.5, 1.5).tan() / slope for sign in (-1, 1)]
+        first, last = ((end + 1) * (size / 2) - 0.5 for end in ends)
+        return first.ceil().clamp(0, size).long(), (last.floor() + 1).clamp(0, size).long()
+
+    (left, right), (top, bottom) = interval(x), interval(-y)
+    width = right - left
+    area = width * (bottom - top)
+    which = torch.arange(len(area)).repeat_interleave(area)
+    offset = torch.arange(len(which)) - (area.cumsum(0) - area)[which]
+    row = torch.div(offset, width[which], rounding_mode="floor")
+    return which, (top * size + left)[which] + row * size + offset - row * width[which]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """(3, N) divided by their lengths."""
+    return vectors * vectors.square().sum(0).rsqrt()
+
+
 def _background(
     scenes: Sequence[Scene],
     origins: Tensor,
@@ -380,7 +411,7 @@ def _background(
 ) -> Tensor:
     """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1]."""
     tone = torch.tensor([scene.tone for scene in scenes])[:, None]
-    right, up, back = (part.contiguous() for part in directions.unbind(2))
+    right, up, back = directions.unbind(1)
     distance = (FLOOR - origins[:, 1:2]) / up.clamp(max=-1e-3)
     x, z = origins[:, 0:1] + distance * right, origins[:, 2:3] + distance * back
     near = torch.exp((x * x + z * z) * -0.06) * (up < 0)
@@ -420,7 +451,7 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
     corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])[:, :, None]
     points = (start + heading * t)[:, None] + half * corners
     values = unit_sdf(shape, points.movedim(0, -1))
-    normal = torch.nn.functional.normalize((corners * values).sum(1), dim=0)
+    normal = _unit((corners * values).sum(1))
     facing = (normal * heading).sum(0).clamp(max=-0.25)
     return rows, coverage[rows].clamp(max=1), t - values.mean(0) / facing, normal
 
