@@ -197,10 +197,10 @@ def test_masks_and_depth_agree_with_the_distance_function_from_any_side() -> Non
         depth, seen = rendered.depth[i].flatten(), rendered.index[i].flatten() >= 0
         assert torch.equal(depth.isfinite(), seen)
         off = scene.sdf(origins[i] + heading[seen] * depth[seen, None]).abs()
-        assert float(off.quantile(0.95)) < 0.1 * pixel and float(off.max()) < pixel
+        assert float(off.max()) < 0.15 * pixel
         sure = clear & seen
-        assert bool((depth[sure] <= first.amin(0)[sure] + pixel).all())
-    assert hidden > 50
+        assert float((depth[sure] - first.amin(0)[sure]).abs().quantile(0.98)) < pixel
+    assert hidden > 20
 
 
 def test_edges_are_smooth() -> None:

@@ -260,9 +260,11 @@ def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container
 
     It depends on nothing else: not on the batch, the picture size, the device or the version of torch.
     """
-    rng = random.Random(mix(seed, 0))
-    while metadata is None or metadata["prompt"] in exclude:
+    if metadata is None:
+        rng = random.Random(mix(seed, 0))
         metadata = draw(rng)
+        while metadata["prompt"] in exclude:
+            metadata = draw(rng)
     rng = random.Random(mix(seed, 1))
     uniform = lambda low, high: low + (high - low) * rng.random()
     camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))
@@ -350,7 +352,7 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
         diffuse = (normal * sun).sum(0).clamp(min=0)
         specular = (normal * _unit(sun - ray)).sum(0).clamp(min=0) ** 32
         matt = albedo.T[:, solid] * (0.72 + 0.28 * diffuse)
-        sheen = 0.03 * (1 + normal[1]) + 0.05 * diffuse + 0.20 * specular
+        sheen = 0.02 * (1 + normal[1]) + 0.06 * diffuse + 0.15 * specular
         colour = matt + sheen * (1 - matt)
         traced.append((solid, place[chosen][rows], coverage, distance * radius[solid], colour.T))
     solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*traced, strict=True))
@@ -432,17 +434,19 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
     Returns the rows (M,) whose coverage (M,) is not 0, their distance (M,) along the ray and outward normals (3, M).
     """
     leave = -2 * (start * heading).sum(0) - entry
-    t, least, nearest = entry.clone(), torch.full_like(entry, math.inf), entry.clone()
+    t, least, nearest, before = entry.clone(), torch.full_like(entry, math.inf), entry.clone(), entry.clone()
     live = torch.arange(len(t))
     for _ in range(5):
-        o, d, s, low, best, inset = start[:, live], heading[:, live], t[live], least[live], nearest[live], half[live]
+        o, d, inset = start[:, live], heading[:, live], half[live]
+        s, low, best, out = t[live], least[live], nearest[live], before[live]
         for _ in range(6):
             # To the surface half a pixel further in: the least of it gives the coverage on both sides of the true one.
             distance = unit_sdf(shape, torch.addcmul(o, d, s).T) + inset
             best = torch.where(distance < low, s, best)
             low = torch.minimum(low, distance)
+            out = torch.where(low > inset, s, out)  # the last place before the true surface
             s = s + distance
-        t[live], least[live], nearest[live] = s, low, best
+        t[live], least[live], nearest[live], before[live] = s, low, best, out
         live = live[(low > 0.02 * inset) & (s < leave[live])]
     coverage = 1 - least / (2 * half)
     rows = (coverage > 0).nonzero().squeeze(1)
@@ -452,8 +456,10 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
     points = (start + heading * t)[:, None] + half * corners
     values = unit_sdf(shape, points.movedim(0, -1))
     normal = _unit((corners * values).sum(1))
-    facing = (normal * heading).sum(0).clamp(max=-0.25)
-    return rows, coverage[rows].clamp(max=1), t - values.mean(0) / facing, normal
+    distance = before[rows]
+    for _ in range(4):
+        distance = torch.minimum(distance + unit_sdf(shape, (start + heading * distance).T), t)
+    return rows, coverage[rows].clamp(max=1), distance, normal
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
