@@ -361,3 +361,5 @@ def test_evaluation_prompts_are_balanced_and_held_out() -> None:
 def test_contact_sheet(tmp_path: Path) -> None:
     contact_sheet(0, 7, tmp_path / "new" / "sheet.png", size=32)
     assert (tmp_path / "new" / "sheet.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="count 0"):
+        contact_sheet(0, 0, tmp_path / "sheet.png")

@@ -11,6 +11,7 @@ python -m models.scene.solids OUT.png --seed 0 --count 16      a sheet of pictur
 import itertools
 import math
 import random
+import sys
 import textwrap
 import time
 from collections.abc import Container, Sequence
@@ -21,6 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from models.errors import UserError
 from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
 from models.seeds import mix
@@ -489,9 +491,14 @@ def images_per_second(size: int = 64, batch: int = 128, count: int = 2048) -> fl
 
 
 def contact_sheet(seed: int, count: int, path: Path, size: int = 64, zoom: int = 3) -> None:
-    """Write pictures of the seeds ``seed``, ``seed + 1``, ..., enlarged without smoothing, with their captions."""
+    """Write pictures of the seeds ``seed``, ``seed + 1``, ..., enlarged without smoothing, with their captions.
+
+    Raises UserError for numbers out of range or another file type than PNG.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
+    if seed < 0 or count < 1 or size < 8 or path.suffix != ".png":
+        raise UserError(f"seed {seed}, count {count}, size {size}, {path}: at least 0, 1 and 8, and a name in .png")
     images, scenes = Solids(size).batch(range(seed, seed + count))
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     columns, side, head = min(count, 6), size * zoom, 30
@@ -522,4 +529,8 @@ class Arguments:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments)
-    contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
+    try:
+        contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
