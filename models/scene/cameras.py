@@ -57,10 +57,9 @@ def camera_to_world(cameras: Sequence[Camera]) -> Tensor:
 def rays(cameras: Sequence[Camera], size: int) -> tuple[Tensor, Tensor]:
     """Origins (B, 3) and unit directions (B, 3, H, W) through the pixel centres of ``size`` x ``size`` pictures."""
     matrix = camera_to_world(cameras)
-    slope = torch.tensor([camera.slope for camera in cameras])
     grid = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x, y = slope[:, None, None] * grid[None, None, :], -slope[:, None, None] * grid[None, :, None]
-    axes = matrix[:, :3, :3, None, None]
-    directions = axes[:, :, 0] * x[:, None] + axes[:, :, 1] * y[:, None] - axes[:, :, 2]
-    length = (x * x + y * y + 1).sqrt()
-    return matrix[:, :3, 3], directions / length[:, None]
+    slope = torch.tensor([camera.slope for camera in cameras])[:, None, None, None]
+    right, up, back = matrix[:, :3, :3, None, None].unbind(2)
+    directions = right * (slope * grid) - up * (slope * grid[:, None]) - back
+    length = (1 + slope.square() * (grid.square() + grid[:, None].square())).sqrt()
+    return matrix[:, :3, 3], directions / length

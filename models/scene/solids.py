@@ -11,6 +11,7 @@ python -m models.scene.solids OUT.png --seed 0 --count 16      a sheet of pictur
 import itertools
 import math
 import random
+import sys
 import textwrap
 import time
 from collections.abc import Container, Sequence
@@ -21,7 +22,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.scene.cameras import Camera, rays
+from models.errors import UserError
+from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
 from models.seeds import mix
 
@@ -35,9 +37,9 @@ RGB = {
     "green": (0.10, 0.62, 0.18),
     "blue": (0.10, 0.28, 0.92),
     "purple": (0.52, 0.14, 0.78),
-    "pink": (1.00, 0.56, 0.76),
-    "brown": (0.42, 0.23, 0.10),
-    "black": (0.05, 0.05, 0.06),
+    "pink": (1.00, 0.46, 0.72),
+    "brown": (0.45, 0.24, 0.09),
+    "black": (0.06, 0.06, 0.07),
     "white": (0.96, 0.96, 0.96),
 }
 """Albedo of each of ``captions.COLOURS``, display RGB in [0, 1]."""
@@ -49,6 +51,7 @@ _CYLINDER = (0.66, (1 - 0.66**2) ** 0.5)
 _TORUS = (0.7, 0.3)
 _CONE_BASE = -0.5
 _PYRAMID_BASE = -0.36
+_TINY = 1e-30  # under a square root, whose slope at 0 would make gradients NaN
 
 
 def unit_sdf(shape: str, points: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def _length(*parts: Tensor) -> Tensor:
     total = parts[0] * parts[0]
     for part in parts[1:]:
         total = torch.addcmul(total, part, part)
-    return total.sqrt()
+    return total.clamp(min=_TINY).sqrt()
 
 
 def _hypotenuse(run: float, rise: float) -> float:
@@ -110,7 +113,7 @@ def _slant(x: Tensor, y: Tensor, run: float, rise: float) -> tuple[Tensor, Tenso
 
 
 def _signed(squared: Tensor, inside: Tensor) -> Tensor:
-    distance = squared.sqrt()
+    distance = squared.clamp(min=_TINY).sqrt()
     return torch.where(inside, -distance, distance)
 
 
@@ -259,13 +262,15 @@ def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container
 
     It depends on nothing else: not on the batch, the picture size, the device or the version of torch.
     """
-    rng = random.Random(mix(seed, 0))
-    while metadata is None or metadata["prompt"] in exclude:
+    if metadata is None:
+        rng = random.Random(mix(seed, 0))
         metadata = draw(rng)
+        while metadata["prompt"] in exclude:
+            metadata = draw(rng)
     rng = random.Random(mix(seed, 1))
     uniform = lambda low, high: low + (high - low) * rng.random()
     camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))
-    tone, light = uniform(0.44, 0.56), uniform(-60, 60)
+    tone, light = uniform(0.40, 0.52), uniform(-60, 60)
     for attempt in itertools.count():
         if solids := _arranged(rng, metadata, camera, scale=0.97**attempt):
             return Scene(solids, camera, metadata, tone, light)
@@ -301,9 +306,6 @@ class Rendered:
         return torch.stack([x0, y0, x1, y1], -1)
 
 
-_STEPS = 24
-
-
 @torch.no_grad()
 def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | None = None) -> Rendered:
     """Render ``size`` x ``size`` pictures from each scene's own camera, or from ``cameras`` instead.
@@ -316,11 +318,12 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     origins, directions = rays(cameras, size)
     directions = directions.flatten(2)
     light = torch.tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
-    light = light / light.norm(dim=1, keepdim=True)
+    light = torch.nn.functional.normalize(light, dim=1)
 
     flat = [(b, k, solid) for b, scene in enumerate(scenes) for k, solid in enumerate(scene.solids)]
     batch = torch.tensor([b for b, _, _ in flat])
     number = torch.tensor([k for _, k, _ in flat])
+    kind = torch.tensor([SHAPES.index(solid.shape) for _, _, solid in flat])
     radius = torch.tensor([solid.radius for _, _, solid in flat])
     centre = torch.tensor([solid.centre for _, _, solid in flat])
     rotation = torch.tensor([solid.rotation for _, _, solid in flat])
@@ -328,48 +331,77 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     towards = centre - origins[batch]
     half = torch.tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
 
-    grey = _background(scenes, origins, directions, light, batch, centre, radius)
-    parts: list[tuple[Tensor, ...]] = []
-    for shape in SHAPES:
-        members = torch.tensor([i for i, (_, _, solid) in enumerate(flat) if solid.shape == shape], dtype=torch.long)
-        # Rays in front of the camera that pass the bounding sphere, grown by half a pixel.
-        along = torch.bmm(towards[members, None], directions[batch[members]]).squeeze(1)
-        reach = (radius * (1 + half))[members, None].square() - towards[members].square().sum(1, keepdim=True)
-        chord = reach + along.square()
-        row, place = ((chord > 0) & (along > 0)).nonzero(as_tuple=True)
-        solid = members[row]
-        world = directions[batch[solid], :, place].T
-        turn, scale = rotation[solid].permute(1, 2, 0), 1 / radius[solid]
-        heading = (turn * world[:, None]).sum(0)
-        start = -(rotation * towards[:, :, None]).sum(1)[solid].T * scale
-        entry = ((along[row, place] - chord[row, place].sqrt()) * scale).clamp(min=0)
-        rows, coverage, distance, normal = _trace(shape, start, heading, entry, half[solid])
-        solid, world = solid[rows], world[:, rows]
-        normal = (turn[:, :, rows] * normal).sum(1)
-        sun = light[batch[solid]].T
-        gloss = torch.nn.functional.normalize(sun - world, dim=0)
-        diffuse, specular = (normal * sun).sum(0).clamp(min=0), (normal * gloss).sum(0).clamp(min=0) ** 32
-        sky = 0.05 * (1 + normal[1]) + 0.05 * diffuse + 0.22 * specular
-        colour = (albedo[solid].T * (0.60 + 0.38 * diffuse) + sky).clamp(max=1)
-        parts.append((solid, place[rows], coverage, distance * radius[solid], colour.T))
-    solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*parts, strict=True))
+    # Rays in front of the camera that pass a bounding sphere, grown by half a pixel.
+    bound = radius * (1 + half)
+    which, place = _windows(cameras, batch, centre, bound, size)
+    channels = torch.arange(3)[:, None] * size**2
+    world = directions.flatten()[channels + (batch[which] * (3 * size**2) + place)]
+    along = (towards.T[:, which] * world).sum(0)
+    chord = torch.addcmul((bound.square() - towards.square().sum(1))[which], along, along)
+    entry = (along - chord.clamp(min=0).sqrt()).clamp(min=0) / radius[which]
+    kind = torch.where((chord > 0) & (along > 0), kind[which], -1)
+    traced: list[tuple[Tensor, ...]] = []
+    for k, shape in enumerate(SHAPES):
+        chosen = (kind == k).nonzero().squeeze(1)
+        solid, ray = which[chosen], world[:, chosen]
+        turn = rotation.permute(1, 2, 0)[:, :, solid]
+        start = -(rotation * (towards / radius[:, None])[:, :, None]).sum(1).T[:, solid]
+        rows, coverage, distance, normal = _trace(
+            shape, start, (turn * ray[:, None]).sum(0), entry[chosen], half[solid]
+        )
+        solid, ray, normal = solid[rows], ray[:, rows], (turn[:, :, rows] * normal).sum(1)
+        sun = light.T[:, batch[solid]]
+        diffuse = (normal * sun).sum(0).clamp(min=0)
+        specular = (normal * _unit(sun - ray)).sum(0).clamp(min=0) ** 32
+        matt = albedo.T[:, solid] * (0.72 + 0.28 * diffuse)
+        sheen = 0.02 * (1 + normal[1]) + 0.06 * diffuse + 0.15 * specular
+        colour = matt + sheen * (1 - matt)
+        traced.append((solid, place[chosen][rows], coverage, distance * radius[solid], colour.T))
+    solid, place, coverage, distance, colour = (torch.cat(part) for part in zip(*traced, strict=True))
 
     # From far to near. Among disjoint bounding spheres that is the order of |distance|^2 - radius^2 along every ray.
     power = towards.square().sum(1) - radius.square()
-    same = batch[:, None] == batch
-    rank = (same & (power[:, None] < power)).sum(1)
-    image = grey[:, None].repeat(1, 3, 1)
-    index = torch.full((len(scenes), size * size), -1)
-    depth = torch.full((len(scenes), size * size), math.inf)
+    rank = ((batch[:, None] == batch) & (power[:, None] < power)).sum(1)[solid]
+    pixel = batch[solid] * size**2 + place
+    image = _background(scenes, origins, directions, light, batch, centre, radius).flatten()[:, None].repeat(1, 3)
+    index, depth = torch.full((len(image),), -1), torch.full((len(image),), math.inf)
     for level in range(int(rank.max()) + 1):
-        chosen = (rank[solid] == level).nonzero().squeeze(1)
-        row, column, weight = batch[solid[chosen]], place[chosen], coverage[chosen, None]
-        image[row, :, column] = torch.lerp(image[row, :, column], colour[chosen], weight)
-        seen = weight[:, 0] >= 0.5
-        index[row[seen], column[seen]] = number[solid[chosen]][seen]
-        depth[row[seen], column[seen]] = distance[chosen][seen]
-    shaped = (len(scenes), -1, size, size)
-    return Rendered(image.reshape(shaped) * 2 - 1, index.reshape(shaped)[:, 0], depth.reshape(shaped)[:, 0])
+        chosen = (rank == level).nonzero().squeeze(1)
+        where = pixel[chosen]
+        image[where] = torch.lerp(image[where], colour[chosen], coverage[chosen, None])
+        chosen = chosen[coverage[chosen] >= 0.5]
+        index[pixel[chosen]], depth[pixel[chosen]] = number[solid[chosen]], distance[chosen]
+    images = image.reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous() * 2 - 1
+    return Rendered(images, index.reshape(-1, size, size), depth.reshape(-1, size, size))
+
+
+def _windows(
+    cameras: Sequence[Camera], batch: Tensor, centre: Tensor, radius: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """The pixels of each bounding sphere's box: the sphere and the place, row * ``size`` + column, of each (N,)."""
+    view = camera_to_world(cameras)[batch]
+    x, y, z = (view[:, :3, :3].mT @ (centre - view[:, :3, 3])[:, :, None])[:, :, 0].unbind(1)
+    slope = torch.tensor([camera.slope for camera in cameras])[batch]
+
+    def interval(across: Tensor) -> tuple[Tensor, Tensor]:
+        middle, sine = torch.atan2(across, -z), radius / torch.hypot(across, z)
+        spread = torch.where((sine < 1) & (-z > radius), sine.clamp(max=1).asin(), math.pi)  # or all of the picture
+        ends = [(middle + sign * spread).clamp(-1.5, 1.5).tan() / slope for sign in (-1, 1)]
+        first, last = ((end + 1) * (size / 2) - 0.5 for end in ends)
+        return first.ceil().clamp(0, size).long(), (last.floor() + 1).clamp(0, size).long()
+
+    (left, right), (top, bottom) = interval(x), interval(-y)
+    width = right - left
+    area = width * (bottom - top)
+    which = torch.arange(len(area)).repeat_interleave(area)
+    offset = torch.arange(len(which)) - (area.cumsum(0) - area)[which]
+    row = torch.div(offset, width[which], rounding_mode="floor")
+    return which, (top * size + left)[which] + row * size + offset - row * width[which]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """(3, N) divided by their lengths."""
+    return vectors * vectors.square().sum(0).rsqrt()
 
 
 def _background(
@@ -383,43 +415,53 @@ def _background(
 ) -> Tensor:
     """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1]."""
     tone = torch.tensor([scene.tone for scene in scenes])[:, None]
-    down = directions[:, 1].clamp(max=-1e-3)
-    distance = (FLOOR - origins[:, 1:2]) / down
-    x, z = (origins[:, i, None] + distance * directions[:, i] for i in (0, 2))
-    near = torch.exp((x * x + z * z) * -0.06) * (directions[:, 1] < 0)
-    grey = tone + 0.12 * directions[:, 1] + 0.14 * near
+    right, up, back = directions.unbind(1)
+    distance = (FLOOR - origins[:, 1:2]) / up.clamp(max=-1e-3)
+    x, z = origins[:, 0:1] + distance * right, origins[:, 2:3] + distance * back
+    near = torch.exp((x * x + z * z) * -0.06) * (up < 0)
+    grey = tone + 0.12 * up + 0.14 * near
     # What a ball hides of a floor point's sky, r^2 h / d^3 for height h and distance d, drawn out away from the light.
-    height = centre[:, 1] - FLOOR
-    away = 0.5 * height[:, None] * light[batch] / light[batch, 1:2]
-    across, back = x[batch] - (centre - away)[:, 0:1], z[batch] - (centre - away)[:, 2:3]
-    squared = across * across + back * back + height[:, None].square()
-    hidden = (0.7 * radius.square() * height)[:, None] * squared.rsqrt() / squared
-    shadow = torch.zeros_like(grey).index_add_(0, batch, hidden).clamp(max=1) * (directions[:, 1] < 0)
+    height = centre[:, 1:2] - FLOOR
+    foot = centre - 0.5 * height * light[batch] / light[batch, 1:2]
+    dx, dz = x[batch] - foot[:, 0:1], z[batch] - foot[:, 2:3]
+    inverse = torch.addcmul(torch.addcmul(height * height, dx, dx), dz, dz).rsqrt()
+    hidden = 0.7 * radius[:, None].square() * height * inverse**3
+    shadow = torch.zeros_like(grey).index_add_(0, batch, hidden).clamp(max=1) * (up < 0)
     return (grey * (1 - 0.5 * shadow)).clamp(0, 1)
 
 
-def _trace(shape: str, start: Tensor, heading: Tensor, t: Tensor, half: Tensor) -> tuple[Tensor, ...]:
-    """March rays (3, N) from ``t`` (N,) in the shape's frame, half a pixel being ``half`` (N,) long at the solid.
+def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+    """March rays (3, N) from ``entry`` (N,) in the shape's frame, half a pixel being ``half`` (N,) long at the solid.
 
     Returns the rows (M,) whose coverage (M,) is not 0, their distance (M,) along the ray and outward normals (3, M).
     """
-    # The surface half a pixel further in: the least distance to it gives the coverage on both sides of the true one.
-    least, nearest = torch.full_like(t, math.inf), t
-    for _ in range(_STEPS):
-        distance = unit_sdf(shape, torch.addcmul(start, heading, t).T) + half
-        closer = distance < least
-        least, nearest = torch.where(closer, distance, least), torch.where(closer, t, nearest)
-        t = t + distance
+    leave = -2 * (start * heading).sum(0) - entry
+    t, least, nearest, before = entry.clone(), torch.full_like(entry, math.inf), entry.clone(), entry.clone()
+    live = torch.arange(len(t))
+    for _ in range(5):
+        o, d, inset = start[:, live], heading[:, live], half[live]
+        s, low, best, out = t[live], least[live], nearest[live], before[live]
+        for _ in range(6):
+            # To the surface half a pixel further in: the least of it gives the coverage on both sides of the true one.
+            distance = unit_sdf(shape, torch.addcmul(o, d, s).T) + inset
+            best = torch.where(distance < low, s, best)
+            low = torch.minimum(low, distance)
+            out = torch.where(low > inset, s, out)  # the last place before the true surface
+            s = s + distance
+        t[live], least[live], nearest[live], before[live] = s, low, best, out
+        live = live[(low > 0.02 * inset) & (s < leave[live])]
     coverage = 1 - least / (2 * half)
     rows = (coverage > 0).nonzero().squeeze(1)
     start, heading, t, half = start[:, rows], heading[:, rows], nearest[rows], half[rows]
     # Differences over half a pixel also smooth the creases between faces.
-    corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])
-    points = (start + heading * t)[:, :, None] + half[:, None] * corners[:, None]
+    corners = start.new_tensor([[1, -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]])[:, :, None]
+    points = (start + heading * t)[:, None] + half * corners
     values = unit_sdf(shape, points.movedim(0, -1))
-    normal = torch.nn.functional.normalize((corners[:, None] * values).sum(2), dim=0)
-    facing = (normal * heading).sum(0).clamp(max=-0.25)
-    return rows, coverage[rows].clamp(max=1), t - values.mean(1) / facing, normal
+    normal = _unit((corners * values).sum(1))
+    distance = before[rows]
+    for _ in range(4):
+        distance = torch.minimum(distance + unit_sdf(shape, (start + heading * distance).T), t)
+    return rows, coverage[rows].clamp(max=1), distance, normal
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -449,9 +491,14 @@ def images_per_second(size: int = 64, batch: int = 128, count: int = 2048) -> fl
 
 
 def contact_sheet(seed: int, count: int, path: Path, size: int = 64, zoom: int = 3) -> None:
-    """Write pictures of the seeds ``seed``, ``seed + 1``, ..., enlarged without smoothing, with their captions."""
+    """Write pictures of the seeds ``seed``, ``seed + 1``, ..., enlarged without smoothing, with their captions.
+
+    Raises UserError for numbers out of range or another file type than PNG.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
+    if seed < 0 or count < 1 or size < 8 or path.suffix != ".png":
+        raise UserError(f"seed {seed}, count {count}, size {size}, {path}: at least 0, 1 and 8, and a name in .png")
     images, scenes = Solids(size).batch(range(seed, seed + count))
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     columns, side, head = min(count, 6), size * zoom, 30
@@ -482,4 +529,8 @@ class Arguments:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments)
-    contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
+    try:
+        contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
