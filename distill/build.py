@@ -1,14 +1,18 @@
 """From settings to objects: the one place where the kinds of data and method are told apart."""
 
 import copy
+import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from distill import checkpoint, rows
+from distill.consistency_losses import nu_floor
 from distill.data import (
+    Captions,
     Classes,
     FashionMNIST,
     HFPictures,
@@ -23,6 +27,7 @@ from distill.data import (
 from distill.divergences import DIVERGENCES, Divergence, alpha
 from distill.methods.autoencoder import AutoencoderTraining
 from distill.methods.base import Method
+from distill.methods.consistency import ConsistencyDistillation
 from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.pretrain import Pretraining
 from distill.pairs import Pairs
@@ -35,6 +40,7 @@ from distill.settings import (
     Autoencoder,
     ConditionsOnly,
     Config,
+    Consistency,
     DiffInstruct,
     DivergenceMatching,
     FashionMNISTData,
@@ -54,14 +60,15 @@ from distill.settings import (
 from models import autoencoder
 from models.autoencoder import PictureSpec
 from models.denoiser import Denoiser, Guided
-from models.discriminator import Discriminator, feature_channels
+from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
-from models.process import EDM
+from models.process import EDM, RectifiedFlow, TrigFlow
 from models.scene import captions
 from models.student import OneStepStudent
-from models.teachers import base, load, load_class_conditional, sana
+from models.teachers import base, load, sana
 from models.teachers.embedded import PatchUNet, Spec
-from models.teachers.sana import SanaSpec
+from models.teachers.sana import SanaNetwork, SanaSpec
+from models.trigflow import FlowStudent, LogVariance, TrigFlowView
 
 Shape = tuple[int, int, int]
 
@@ -133,6 +140,8 @@ def build_method(config: Config, shape: Shape | None, class_names: list[str]) ->
     match config.method:
         case Autoencoder():
             return _autoencoder(config, config.method, shape)
+        case Consistency():
+            return _consistency(config, config.method, shape, class_names)
         case MultiStudent():
             raise ValueError("multi_student is a plan of runs, not one run")
         case ScoreMatching():
@@ -279,13 +288,11 @@ def build_ratio(settings: MatchingMethod) -> Ratio | None:
     return Ratio(_divergence(settings), settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
 
 
-def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Denoiser, Spec, Denoiser]:
-    """The student's network and spec at step 0, and the critic's network."""
-    critic = copy.deepcopy(teacher)
-    if settings.start is None:
-        return copy.deepcopy(teacher), spec, critic
-    run = settings.start if (settings.start / "student").is_dir() else None
-    denoiser, own = load_class_conditional(settings.start / "student" if run else settings.start)
+AnySpec = TypeVar("AnySpec", Spec, SanaSpec)
+
+
+def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
+    """UserError if a student to start from is not of this teacher's kind."""
     if own.student_of_class is not None:
         raise UserError(f"method.start: {settings.start} holds several students; name the run of one, student-K/STAGE")
     if own.sigma_init not in (None, settings.sigma_init):
@@ -297,23 +304,36 @@ def _start(settings: MatchingMethod, teacher: Denoiser, spec: Spec) -> tuple[Den
             f"method.start: {settings.start} makes {own.channels} x {own.size} x {own.size} of {own.num_classes} "
             f"classes, the teacher {spec.channels} x {spec.size} x {spec.size} of {spec.num_classes}"
         )
+
+
+def _start(settings: MatchingMethod, teacher: Denoiser, spec: AnySpec) -> tuple[Denoiser, AnySpec, Denoiser]:
+    """The student's network and spec at step 0, and the critic's network."""
+    critic = copy.deepcopy(teacher)
+    if settings.start is None:
+        return copy.deepcopy(teacher), spec, critic
+    run = settings.start if (settings.start / "student").is_dir() else None
+    denoiser, own = load(settings.start / "student" if run else settings.start)
+    if isinstance(own, Spec) and isinstance(spec, Spec):
+        _check_start(settings, own, spec)
+    elif not (isinstance(own, SanaSpec) and isinstance(spec, SanaSpec) and own.shape == spec.shape):
+        raise UserError(f"method.start: {settings.start} makes other pictures than the teacher")
     if run and (weights := checkpoint.newest(run / "checkpoints", "critic")):
         try:
             critic.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"method.start: the critic in {run} is of another teacher's architecture") from error
-    return denoiser.train(), own, critic
+    return denoiser.train(), cast(AnySpec, own), critic
 
 
 def _matching(
     config: Config, settings: MatchingMethod, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, base.Spec]:
-    denoiser, spec = class_teacher(config, shape, class_names)
+    denoiser, spec = load_teacher(config, shape, class_names)
     assert config.teacher is not None
-    expected = (spec.channels, spec.size, spec.size)
+    conditions = _conditions(config, spec)
     gan: GAN | None = getattr(settings, "gan", None)
-    ratio = build_ratio(settings)
-    if ratio is not None and gan is None:
+    density_ratio = build_ratio(settings)
+    if density_ratio is not None and gan is None:
         raise UserError("method.gan: a divergence other than reverse_kl needs the discriminator's density ratio")
     discriminator = None
     if gan is not None:
@@ -321,14 +341,23 @@ def _matching(
             raise UserError(
                 f"data.kind: {settings.kind} has a discriminator and needs pictures; conditions_only has none"
             )
-        discriminator = Discriminator(feature_channels(denoiser, gan.taps, expected), gan.width)
-    pairs = Pairs(settings.regression.path, expected, settings.regression.every) if settings.regression else None
-    start = denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64))
-    network, spec, critic = _start(settings, denoiser, spec)
-    student = OneStepStudent(network, float(start), settings.clip_samples)
+        discriminator = Discriminator(feature_channels(denoiser, gan.taps, spec.shape, spec.preview(1)), gan.width)
+    if isinstance(spec, SanaSpec) and (settings.regression or settings.clip_samples):
+        raise UserError("method: regression and clip_samples are for students of classes in pixel space")
+    pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every) if settings.regression else None
     row = build_row(settings)
+    own: Spec | SanaSpec
+    if isinstance(spec, SanaSpec):  # a flow starts at pure noise, as SanaSprintPipeline does
+        network, own, critic = _start(settings, denoiser, spec)
+        start = denoiser.process.t_max
+        ratio = denoiser.process.ratio(torch.tensor(start, dtype=torch.float64))
+        own = replace(own, times=(float(TrigFlow(own.sigma_data, data_scale=own.sigma_data).time_from_ratio(ratio)),))
+    else:
+        network, own, critic = _start(settings, denoiser, spec)
+        start = float(denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64)))
+        own = replace(own, sigma_init=settings.sigma_init)
+    student = OneStepStudent(network, start, settings.clip_samples)
     teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
-    conditions = Classes(spec.num_classes, config.classes)
     method = DistributionMatching(
         settings,
         row,
@@ -336,9 +365,62 @@ def _matching(
         student,
         critic if row.critic else None,
         conditions,
-        expected,
+        spec.shape,
         discriminator,
-        ratio,
+        density_ratio,
         pairs,
     )
-    return method, replace(spec, sigma_init=settings.sigma_init)
+    return method, own
+
+
+def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
+    """What the student is asked for in training."""
+    data = config.data
+    prompts = data.prompts if isinstance(data, ConditionsOnly) else None
+    if isinstance(spec, Spec):
+        if prompts is not None:
+            raise UserError("data.prompts: this teacher is asked for classes, not prompts; remove the key")
+        return Classes(spec.num_classes, config.classes)
+    if not isinstance(data, ConditionsOnly):
+        return Captions(sorted({captions.draw(random.Random(i))["prompt"] for i in range(20000)}), spec)
+    if prompts is None:
+        raise UserError("data.prompts: missing; a text file with a prompt in each line")
+    try:
+        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompts: {prompts} cannot be read: {error}") from error
+    if not lines:
+        raise UserError(f"data.prompts: {prompts} is empty")
+    return Captions(lines, spec)
+
+
+def _consistency(
+    config: Config, settings: Consistency, shape: Shape | None, class_names: list[str]
+) -> tuple[Method, base.Spec]:
+    teacher, spec = load_teacher(config, shape, class_names)
+    if shape is None:
+        raise UserError("data.kind: `consistency` needs pictures, conditions_only has none")
+    guided = settings.guidance != [1.0]
+    network = teacher.network
+    if isinstance(network, SanaNetwork) and guided:
+        shift = cast(RectifiedFlow, teacher.process).shift
+        student = sana.denoiser(SanaNetwork(sana.with_guidance(network.transformer)), shift)
+    elif guided:
+        raise UserError("method.guidance: this teacher's network embeds no guidance scale: give [1.0]")
+    else:
+        student = copy.deepcopy(teacher)
+    view = TrigFlowView(student, settings.sigma_data, settings.sigma_data if settings.scale_data else 1.0)
+    floor = nu_floor(settings.tangent_norm, math.prod(spec.shape))
+    nu = LogVariance(floor) if settings.adaptive_weight else None
+    discriminator = None
+    if settings.ladd is not None and settings.ladd.weight > 0:
+        channels = feature_channels(teacher, settings.ladd.taps, spec.shape, spec.preview(1))
+        discriminator = TokenDiscriminator(channels, settings.ladd.width)
+    last = view.process.t_max
+    if isinstance(spec, SanaSpec):
+        scales = sorted(settings.guidance)
+        own = replace(spec, times=(last,), sigma_data=settings.sigma_data, guidance=scales[len(scales) // 2])
+    else:
+        own = replace(spec, sigma_init=float(view.process.ratio(torch.tensor(last, dtype=torch.float64))))
+    method = ConsistencyDistillation(settings, teacher.requires_grad_(False), FlowStudent(view, nu), discriminator)
+    return method, own

@@ -484,7 +484,10 @@ class MultiStudent(Schema):
     """What each student goes through, e.g. score_matching, a row without GAN, a row with one."""
 
 
-Method = Annotated[Autoencoder | Pretrain | ScoreMatching | MatchingMethod | MultiStudent, Field(discriminator="kind")]
+Method = Annotated[
+    Autoencoder | Pretrain | ScoreMatching | MatchingMethod | Consistency | MultiStudent,
+    Field(discriminator="kind"),
+]
 
 
 class Config(Schema):

@@ -119,8 +119,8 @@ def check(denoiser: Denoiser, z: Tensor, cond: Condition, steps: int, sigma_data
         own = ends(denoiser.process, own_flow(denoiser, cond), low, high)
         trig = ends(view.process, trig_flow(view, cond), low, high)
         moved = float(disagreement(own[0], own[1]) + disagreement(trig[0], trig[1]))
-        errors = [float(disagreement(*pair)) for pair in zip(trig, own, strict=True)]
-        found.append(Conversion(scale, pointwise(view, z, cond), *errors, moved))
+        coarse, fine = (float(disagreement(*pair)) for pair in zip(trig, own, strict=True))
+        found.append(Conversion(scale, pointwise(view, z, cond), coarse, fine, moved))
     return found
 
 
@@ -162,8 +162,8 @@ def main(options: Options) -> None:
     denoiser, spec = teachers.load(options.teacher)
     denoiser.double()
     generator = torch.Generator().manual_seed(options.seed)
-    z = torch.randn(options.batch, spec.channels, spec.size, spec.size, generator=generator, dtype=torch.float64)
-    cond = Condition(class_ids=torch.arange(options.batch) % spec.num_classes)
+    z = torch.randn(options.batch, *spec.shape, generator=generator, dtype=torch.float64)
+    cond = spec.preview(options.batch)
     found = check(denoiser, z, cond, options.steps, options.sigma_data)
     print(f"{options.teacher}: {denoiser.prediction} in {type(denoiser.process).__name__}, relative errors")
     print(f"{'data':>12} {'F':>9} {'end':>9} {'end, 2x':>9} {'integrators':>12}   ({options.steps} steps, 2x: twice)")

@@ -13,7 +13,10 @@ from models.errors import UserError
 
 
 class Head(nn.Module):
-    """Logits from one feature map (B, C, H, W): a small convolutional network, its output map averaged to (B,)."""
+    """Logits from one feature map: a small convolutional network, its output map averaged to (B,).
+
+    The map is (B, C, H, W), or the tokens (B, N, C) of a square one.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -29,6 +32,9 @@ class Head(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
+        if feature.ndim == 3:
+            side = math.isqrt(feature.shape[1])
+            feature = feature.transpose(1, 2).unflatten(2, (side, side))
         return self.layers(feature).mean((1, 2, 3))
 
 
@@ -50,11 +56,13 @@ class Discriminator(nn.Module):
 
 
 @torch.no_grad()
-def feature_channels(denoiser: Denoiser, taps: Sequence[str], shape: tuple[int, int, int]) -> list[int]:
-    """Channels of each tapped feature, in order of execution, found by one pass with a picture of ``shape``."""
+def feature_channels(
+    denoiser: Denoiser, taps: Sequence[str], shape: tuple[int, int, int], cond: Condition
+) -> list[int]:
+    """Channels of each tapped feature, in order of execution, found by one pass with an x0 of ``shape``."""
     try:
         time = torch.full((1,), denoiser.process.t_max)
-        features = denoiser.features(torch.zeros(1, *shape), time, Condition(class_ids=torch.zeros(1).long()), taps)
+        features = denoiser.features(torch.zeros(1, *shape), time, cond, taps)
     except ValueError as error:
         raise UserError(f"method.gan.taps: {error}") from error
     return [feature.shape[1 if feature.ndim == 4 else 2] for feature in features]

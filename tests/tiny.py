@@ -11,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from models.scene import captions
+from models.teachers import sana
 from models.teachers.embedded import PatchUNet, Spec
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +25,16 @@ def save_network(folder: Path, sigma_init: float | None, seed: int, size: int = 
     network = PatchUNet.create(1, size, classes, [8, 32], patch=4, layers=1)
     spec = Spec(4, classes, 1, size, 0.5, sigma_init, NAMES[:classes])
     spec.save(folder, network, "")
+    return folder
+
+
+def save_sana(folder: Path, side: int = 8) -> Path:
+    """A tiny random Sana teacher as SanaPipeline's folder."""
+    torch.manual_seed(0)
+    tokenizer = sana.new_tokenizer(captions.VOCABULARY, 16)
+    text_encoder, vae = sana.new_text_encoder(len(tokenizer), 32, 1, 16), sana.new_autoencoder([16, 32], 4, 1)
+    network = sana.SanaNetwork(sana.new_transformer(4, side, 32, 2, 32))
+    sana.SanaSpec(tokenizer, text_encoder, vae, (4, side, side), examples=("a cube",)).save(folder, network, "")
     return folder
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import losses
-from distill.data import Classes
+from distill.data import Captions, Classes
 from distill.methods.base import Logs, Turn
 from distill.noise_levels import half_g2
 from distill.pairs import Pairs
@@ -41,7 +41,7 @@ class DistributionMatching:
         teacher: Guided,
         student: OneStepStudent,
         critic: Denoiser | None,
-        conditions: Classes,
+        conditions: Classes | Captions,
         shape: tuple[int, int, int],
         discriminator: nn.Module | None = None,
         ratio: Ratio | None = None,

@@ -5,6 +5,7 @@ The embedded miniature of the solids world is one of them: the same classes with
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
     nn.init.zeros_(embedder.linear_1.bias)
     nn.init.zeros_(embedder.linear_2.weight)
     nn.init.zeros_(embedder.linear_2.bias)
-    return grown.to(next(transformer.parameters()).dtype)
+    return grown
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SanaSpec:
 
     shape:         (C, H, W) of the latents
     flow_shift:    of the teacher's own time grid
-    times:         TrigFlow times of a student's steps, falling, the first one pi / 2; None for a teacher
+    times:         TrigFlow times of a student's steps, falling, the first one just below pi / 2; None for a teacher
     sigma_data:    of a student's TrigFlow process; latents are scaled to it
     guidance:      scale that a student is asked for unless told otherwise
     examples:      prompts of sample grids
@@ -128,12 +129,13 @@ class SanaSpec:
     def usage(self) -> str:
         _, height, width = self.picture
         name, steps = ("SanaSprintPipeline", 1) if self.student else ("SanaPipeline", 20)
+        start = f", max_timesteps={self.times[0]:.5f}" if self.times else ""
         return f"""from diffusers import {name}
 
 pipe = {name}.from_pretrained("PATH")
 size = {{"height": {height}, "width": {width}, "use_resolution_binning": False}}
 text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_length}}}
-image = pipe("{self.examples[0]}", num_inference_steps={steps}, **size, **text).images[0]"""
+image = pipe("{self.examples[0]}", num_inference_steps={steps}, **size, **text{start}).images[0]"""
 
     @property
     def max_length(self) -> int:
@@ -186,7 +188,7 @@ image = pipe("{self.examples[0]}", num_inference_steps={steps}, **size, **text).
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of ``prompt`` that the tokenizer does not know; empty for tokenizers that spell out every word."""
         unknown = self.tokenizer.unk_token_id
-        words = prompt.lower().split()
+        words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
         return [word for word in words if unknown in self.tokenizer(word, add_special_tokens=False).input_ids]
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
@@ -239,7 +241,7 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
 
 def denoiser(network: SanaNetwork, flow_shift: float) -> Denoiser:
     """Latents have unit variance, hence sigma_data = 1."""
-    return Denoiser(network, RectifiedFlow(flow_shift), "velocity", sigma_data=1.0)
+    return Denoiser(network, RectifiedFlow(flow_shift, t_max=0.9999), "velocity", sigma_data=1.0)
 
 
 def new_transformer(
@@ -291,13 +293,13 @@ def new_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerB
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.normalizers import Lowercase
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<unk>", *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()  # type: ignore[assignment]
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **special)
