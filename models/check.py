@@ -119,8 +119,8 @@ def check(denoiser: Denoiser, z: Tensor, cond: Condition, steps: int, sigma_data
         own = ends(denoiser.process, own_flow(denoiser, cond), low, high)
         trig = ends(view.process, trig_flow(view, cond), low, high)
         moved = float(disagreement(own[0], own[1]) + disagreement(trig[0], trig[1]))
-        errors = [float(disagreement(*pair)) for pair in zip(trig, own, strict=True)]
-        found.append(Conversion(scale, pointwise(view, z, cond), *errors, moved))
+        coarse, fine = (float(disagreement(*pair)) for pair in zip(trig, own, strict=True))
+        found.append(Conversion(scale, pointwise(view, z, cond), coarse, fine, moved))
     return found
 
 
