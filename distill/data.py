@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.condition import Condition
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
@@ -402,9 +402,5 @@ class Captions:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "data/fashion-mnist")
-    try:
-        fetch_fashion_mnist(target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: fetch_fashion_mnist(target))
     print(f"Fashion-MNIST is in {target}")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm, trange
 from eval.features import quantize
 from eval.geneval import judge, summarize
 from eval.geneval.solids import OPTIONS, WEIGHTS, SolidsDetector, SolidsNetwork
-from models.errors import UserError
+from models.errors import run_command
 from models.scene.captions import COLOURS, SHAPES, prompts
 from models.scene.solids import Scene, render, sample_scene
 
@@ -111,8 +111,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: main(tyro.cli(Options)))

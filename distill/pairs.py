@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from models.condition import Condition
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.seeds import Draws
 from models.student import heun
 from models.teachers import load_class_conditional
@@ -80,8 +80,4 @@ def make(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        make(tyro.cli(Arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: make(tyro.cli(Arguments)))

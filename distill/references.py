@@ -24,7 +24,7 @@ from eval.features import REFERENCES, EfficientNetLite0, Extractor, FashionClass
 from eval.frechet import Statistics, frechet_distance
 from eval.metrics import kernel_distance
 from eval.reference import Reference
-from models.errors import UserError
+from models.errors import UserError, run_command
 
 FLOOR_SIZES = (250, 500, 1000, 2000, 4000, 10000)
 
@@ -178,11 +178,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(lambda: main(tyro.cli(Options)))

@@ -18,10 +18,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from eval.fid import run
 from models import teachers
 from models.condition import Condition
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.multi_student import MultiStudent, assemble, consecutive
 
 ROOT = Path(__file__).parent.parent
@@ -114,4 +113,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(tyro.cli(Options)))
+    run_command(lambda: main(tyro.cli(Options)))

@@ -31,7 +31,7 @@ from eval import fid
 from eval.features import load_extractor
 from eval.reference import load_reference
 from models import teachers
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.teachers.embedded import read_spec
 
 ROOT = Path(__file__).parent.parent
@@ -247,4 +247,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    fid.run(lambda: main(tyro.cli(Options)))
+    run_command(lambda: main(tyro.cli(Options)))

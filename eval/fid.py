@@ -35,7 +35,7 @@ from eval.metrics import kernel_distance
 from eval.reference import Reference, load_reference
 from models import teachers
 from models.condition import Condition
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.multi_student import MultiStudent
 from models.seeds import Draws
 from models.student import OneStepStudent
@@ -387,17 +387,5 @@ def main(options: Options) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
-def run(action: Callable[[], None]) -> None:
-    """Run a command line: a UserError is one line on stderr and exit status 2, Ctrl-C exit status 130."""
-    try:
-        action()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run(lambda: main(tyro.cli(Options)))
+    run_command(lambda: main(tyro.cli(Options)))

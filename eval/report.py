@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from eval.generate import Sampler, images
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.teachers.embedded import Spec
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
@@ -211,8 +211,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: main(tyro.cli(Options)))

@@ -529,8 +529,4 @@ class Arguments:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments)
-    try:
-        contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: contact_sheet(arguments.seed, arguments.count, arguments.output, arguments.size))

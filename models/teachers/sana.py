@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, Pr
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.folders import replace_folder
+from models.guidance import start_guidance_embedding
 from models.process import RectifiedFlow
 
 LONGEST = 300
@@ -65,10 +66,7 @@ class SanaNetwork(nn.Module):
 
 
 def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
-    """A copy that embeds the guidance scale and, before any training, gives the same output at every scale.
-
-    Only the last layer of the new embedder is zero: with all of them zero none but its bias would ever learn.
-    """
+    """A copy that embeds the guidance scale and, before any training, gives the same output at every scale."""
     if transformer.config["guidance_embeds"]:
         return copy.deepcopy(transformer)
     grown: Any = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=True)
@@ -77,11 +75,7 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
     missing, unexpected = grown.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("time_embed.guidance_embedder.") for name in missing):
         raise ValueError(f"the transformer does not fit its own class with guidance: {unexpected}, {missing}")
-    embedder = grown.time_embed.guidance_embedder
-    nn.init.normal_(embedder.linear_1.weight, std=0.02)
-    nn.init.zeros_(embedder.linear_1.bias)
-    nn.init.zeros_(embedder.linear_2.weight)
-    nn.init.zeros_(embedder.linear_2.bias)
+    start_guidance_embedding(grown.time_embed.guidance_embedder)
     return grown
 
 
