@@ -57,11 +57,15 @@ def measure(options: Options, batch: int) -> dict[str, Any]:
         "train.batch_size": str(batch),
         "train.mixed_precision": f"'{options.precision}'",
     }
-    line = [sys.executable, str(ROOT / "distill" / "train.py"), "--dry-run"]
-    line += ["--config", str(ROOT / "configs" / "fashion_mnist" / "quickstart.yaml")]
-    line += [f"--{key}={value}" for key, value in values.items()]
-    line += [f"--{item}" for item in options.set]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    config = ROOT / "configs" / "fashion_mnist" / "quickstart.yaml"
+    overrides = [*(f"{key}={value}" for key, value in values.items()), *options.set]
+    line = [str(ROOT / "distill" / "train.py"), "--config", str(config), *(f"--{item}" for item in overrides)]
+    return dry_run(line, cwd=ROOT)
+
+
+def dry_run(arguments: list[str], cwd: Path | None = None) -> dict[str, Any]:
+    """The estimate of a training command; UserError with the command's own last line if it fails."""
+    done = subprocess.run([sys.executable, *arguments, "--dry-run"], cwd=cwd, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise UserError(lines[-1].removeprefix("error: "))

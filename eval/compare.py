@@ -4,8 +4,9 @@
     python -m eval.compare --seconds 300 --output report/compare   # and once more with equal time
 
 Every run is an ordinary one of distill/train.py in ``runs/compare``, so a repeated command goes on where it stopped.
-Equal time: each method takes as many steps as fit into ``seconds`` at the pace of its fastest run in the other table;
-where that is within a twentieth of the steps it had there, the runs are the same.
+Equal time: each method takes as many steps as fit into ``seconds`` by the estimate of ``--dry-run``, made of one method
+after another before the second table; where that is within a twentieth of the steps in the first table, the runs are
+the same.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import tyro
 import yaml
 
 from eval import fid
+from eval.benchmark import dry_run
 from eval.features import load_extractor
 from eval.reference import load_reference
 from models import teachers
@@ -49,7 +51,7 @@ class Options:
     steps: int = 400
     """Student steps of every run in the first table."""
     seconds: float | None = None
-    """Training time of every run in the second table; None: no second table."""
+    """Time of the training steps of every run in the second table; None: no second table."""
     num_images: int = 4000
     """Pictures to score each student on."""
     jobs: int = 1
@@ -193,10 +195,20 @@ def table(options: Options, steps: dict[Path, int]) -> tuple[list[Row], list[dic
     return rows, shared
 
 
-def steps_in(seconds: float, row: Row) -> int:
-    """Steps that fit into ``seconds``; the row's own where they are within a twentieth of them."""
-    steps = max(1, round(seconds / min(row.seconds) * row.steps))
-    return row.steps if abs(steps - row.steps) <= row.steps / 20 else steps
+def pace(options: Options, config: Path) -> float:
+    """Seconds a step of all students of a run takes; measured once, then read from beside the runs."""
+    record = Record(options, config, options.steps, options.seeds[0])
+    if "seconds_per_step" not in record.values:
+        estimate = dry_run([*record.line[1:], "--train.steps=100000"])
+        record.values["seconds_per_step"] = estimate["hours"] * 3600 / 100000
+        record.save()
+    return record.values["seconds_per_step"]
+
+
+def steps_in(seconds: float, pace: float, steps: int) -> int:
+    """Steps that fit into ``seconds`` at ``pace``; ``steps`` where they are within a twentieth of it."""
+    found = max(1, round(seconds / pace))
+    return steps if abs(found - steps) <= steps / 20 else found
 
 
 def markdown(title: str, rows: list[Row], shared: list[dict[str, Any]]) -> str:
@@ -241,7 +253,8 @@ def main(options: Options) -> None:
     rows, shared = table(options, equal)
     keep("steps", f"Equal steps of each student ({options.steps}), {len(options.seeds)} seeds", rows, shared)
     if options.seconds is not None:
-        fitting = {path: steps_in(options.seconds, row) for path, row in zip(options.configs, rows, strict=True)}
+        paces = {config: pace(options, config) for config in options.configs}
+        fitting = {config: steps_in(options.seconds, paces[config], options.steps) for config in options.configs}
         rows, shared = table(options, fitting)
         keep("seconds", f"Equal time ({options.seconds:g} s), {len(options.seeds)} seeds", rows, shared)
 

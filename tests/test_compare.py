@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.compare import Options, Record, Row, main, markdown, steps_in
+from eval.compare import Options, Record, Row, main, markdown, pace, steps_in
 from models.errors import UserError
 from tests.tiny import save_network, save_pictures, write_settings
 
@@ -92,17 +92,18 @@ def test_an_interrupted_comparison_counts_its_time_and_goes_on(options: Options,
 
 
 def test_equal_time_gives_each_method_steps_by_its_own_pace(options: Options):
-    rows = json.loads((options.output / "compare.json").read_text())["steps"]["rows"]
-    seconds = 2 * max(row["seconds"][0] for row in rows)
+    paces = {config: pace(options, config) for config in options.configs}
+    assert {config: pace(options, config) for config in options.configs} == paces, "measured once"
+    seconds = 4 * max(paces.values())
     main(replace(options, seeds=(0,), seconds=seconds))
     found = json.loads((options.output / "compare.json").read_text())["seconds"]["rows"]
-    for row, first in zip(found, rows, strict=True):
-        assert row["steps"] == round(seconds / first["seconds"][0] * first["steps"]) >= 4
+    steps = {row["name"]: row["steps"] for row in found}
+    assert steps == {config.stem: round(seconds / paces[config]) for config in options.configs}
+    assert min(steps.values()) == 4
 
 
 def test_equal_time_repeats_no_run_of_nearly_the_same_steps():
-    row = Row("a", 200, [1.0, 1.0], [110.0, 100.0])
-    assert [steps_in(seconds, row) for seconds in (95, 100, 105, 120, 0.1)] == [200, 200, 200, 240, 1]
+    assert [steps_in(seconds, 0.5, 200) for seconds in (95, 100, 105, 120, 0.1)] == [200, 200, 200, 240, 1]
 
 
 def test_best_comes_first_and_one_seed_has_no_spread():
