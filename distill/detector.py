@@ -3,7 +3,6 @@
 python -m distill.detector        # some ten minutes on two CPU cores
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,7 +3,6 @@
 python -m distill.pairs --teacher embedded:fashion_mnist --output data/pairs.safetensors --count 2000
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -7,7 +7,6 @@ Ends with a check that the distances order known damage as they should.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

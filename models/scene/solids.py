@@ -11,7 +11,6 @@ python -m models.scene.solids OUT.png --seed 0 --count 16      a sheet of pictur
 import itertools
 import math
 import random
-import sys
 import textwrap
 import time
 from collections.abc import Container, Sequence
@@ -22,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
 from models.seeds import mix
