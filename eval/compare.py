@@ -96,7 +96,8 @@ class Record:
     def __init__(self, options: Options, config: Path, steps: int, seed: int):
         self.folder = options.runs / f"{config.stem}-{steps}-{seed}"
         self.path, self.log = self.folder.with_name(f"{self.folder.name}.json"), self.folder.with_suffix(".log")
-        digest = hashlib.sha256(config.read_bytes()).hexdigest()
+        settings = json.dumps(yaml.safe_load(config.read_text()), sort_keys=True, default=str)  # comments may change
+        digest = hashlib.sha256(settings.encode()).hexdigest()
         made_by = {"config_sha256": digest, "steps": steps, "seed": seed, "set": options.overrides}
         self.values: dict[str, Any] = {"made_by": made_by, "seconds": 0.0}
         if self.path.is_file():
