@@ -227,7 +227,7 @@ def load_teacher(
         if class_names or config.classes is not None:
             raise UserError(f"data: pictures of classes, but the teacher {config.teacher.path} is asked for prompts")
         return denoiser, spec
-    if shape is not None and not class_names:
+    if isinstance(config.data, SolidsData):
         raise UserError(f"data: pictures with captions, but the teacher {config.teacher.path} knows classes")
     if len(class_names) > spec.num_classes:
         raise UserError(

@@ -57,9 +57,13 @@ class Discriminator(nn.Module):
 
 @torch.no_grad()
 def feature_channels(
-    denoiser: Denoiser, taps: Sequence[str], shape: tuple[int, int, int], cond: Condition
+    denoiser: Denoiser, taps: Sequence[str], shape: tuple[int, int, int], cond: Condition | None = None
 ) -> list[int]:
-    """Channels of each tapped feature, in order of execution, found by one pass with an x0 of ``shape``."""
+    """Channels of each tapped feature, in order of execution, found by one pass with an x0 of ``shape``.
+
+    ``cond`` is one condition; None: class 0.
+    """
+    cond = Condition(class_ids=torch.zeros(1).long()) if cond is None else cond
     try:
         time = torch.full((1,), denoiser.process.t_max)
         features = denoiser.features(torch.zeros(1, *shape), time, cond, taps)

@@ -48,7 +48,7 @@ def test_what_was_made_by_other_settings_is_not_passed_off(options: Options):
     with pytest.raises(UserError, match="sid-2-0 was made from"):
         main(replace(options, set=("student.lr=0.5",)))
     config, text = options.configs[0], options.configs[0].read_text()
-    config.write_text(text.replace("bins: 4", "bins: 5") + "\n")
+    config.write_text(text.replace("lr: 0.001", "lr: 0.002"))
     with pytest.raises(UserError, match="as it was then"):
         main(options)
     config.write_text(text)

@@ -42,7 +42,7 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ({"method__gan__weigth": 1}, "did you mean 'method.gan.weight'?"),
         ({"student__lr": "fast"}, "student.lr: Input should be a valid number"),
         ({"student__lr": -1}, "student.lr: Input should be greater than 0"),
-        ({"method__kind": "fdistill"}, "method.kind: must be one of 'pretrain'"),
+        ({"method__kind": "fdistill"}, "method.kind: must be one of 'autoencoder', 'pretrain'"),
         ({"method__divergence": "kl"}, "method.divergence: Input should be 'reverse_kl'"),
         ({"data__kind": "conditions_only", "method__kind": "diff_instruct"}, "data.path: unknown key"),
         ({"train": 3}, "train: Input should be"),
