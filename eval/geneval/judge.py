@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-"""In the order in which the original lists them."""
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from models.scene.captions import COLOURS, TASKS
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def judge(
     """Whether a picture is right, and what is wrong with it, a line each.
 
     ``metadata`` is a line of GenEval's file: everything in ``include`` must be there, nothing in ``exclude``.
-    ``colour_of`` names an object's colour, one of :data:`COLOURS`; needed where the metadata name one.
+    ``colour_of`` names an object's colour, one of ``captions.COLOURS``; needed where the metadata name one.
     """
     objects = kept(detections, options, metadata["tag"] == "counting")
     reasons: list[str] = []

@@ -84,7 +84,7 @@ def components(mask: Tensor) -> Tensor:
 
 
 class SolidsDetector:
-    """``detector(images)`` finds the solids in uint8 pictures; :attr:`colours` of a detection is by its identity."""
+    """``detector(images)`` finds the solids in uint8 pictures and says who names the colour of each."""
 
     name = "solids"
 

@@ -16,6 +16,7 @@ from models.errors import UserError
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SHAPES = ("cube", "sphere", "cylinder", "cone", "torus", "pyramid")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+"""GenEval's colours, in the order in which its judge lists them."""
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 VIEWS = ("front", "side", "back")

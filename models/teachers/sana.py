@@ -70,8 +70,7 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
     if transformer.config["guidance_embeds"]:
         return copy.deepcopy(transformer)
     grown: Any = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=True)
-    names = {name: name.replace("time_embed.emb.", "time_embed.") for name in transformer.state_dict()}
-    state = {names[name]: value for name, value in transformer.state_dict().items()}
+    state = {name.replace("time_embed.emb.", "time_embed."): value for name, value in transformer.state_dict().items()}
     missing, unexpected = grown.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("time_embed.guidance_embedder.") for name in missing):
         raise ValueError(f"the transformer does not fit its own class with guidance: {unexpected}, {missing}")
