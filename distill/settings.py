@@ -181,9 +181,11 @@ class Autoencoder(Schema):
     latent_channels: int = Field(default=16, gt=0)
     """Channels of a latent."""
     edge_weight: float = Field(default=1.0, ge=0)
-    """Weight of the error of differences between neighbouring pixels beside that of the pixels."""
-    latent_noise: float = Field(default=0.02, ge=0)
-    """Noise added to latents in training, in their own standard deviations: a generator's latents are not exact."""
+    """Weight of the squared error of differences between neighbouring pixels beside that of the pixels."""
+    latent_noise: float = Field(default=0.05, ge=0)
+    """Standard deviation of the noise added to latents in training: a generator's latents are not exact."""
+    latent_weight: float = Field(default=0.005, ge=0)
+    """Weight of the channels' divergence from zero mean and unit variance, which keeps that noise small beside them."""
 
 
 class SanaSize(Schema):

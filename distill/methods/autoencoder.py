@@ -19,18 +19,29 @@ class Reconstruction(nn.Module):
         self.vae = vae
         self.register_buffer("scale", torch.ones(()))
 
-    def forward(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """``noise`` (B, C, h, w) in units of the latents' own standard deviation."""
+    def forward(self, pictures: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reconstructions, and the latents that ``noise`` (B, C, h, w) was added to."""
         latents = self.vae.encode(pictures).latent  # type: ignore[union-attr]
         if noise is not None:
-            std = latents.detach().std()
-            self.scale.lerp_(std.to(self.scale.dtype), 0.05)
-            latents = latents + std * noise
-        return self.vae.decode(latents).sample  # type: ignore[union-attr]
+            self.scale.lerp_(latents.detach().std().to(self.scale.dtype), 0.05)
+        noised = latents if noise is None else latents + noise
+        return self.vae.decode(noised).sample, latents  # type: ignore[union-attr]
+
+
+def moment_divergence(latents: Tensor) -> Tensor:
+    """KL(N(m, v) || N(0, 1)) with mean m and variance v of each channel of (B, C, h, w), its mean over channels.
+
+    Without it latents grow to drown the noise, and the loudest channel alone survives.
+    """
+    variance, mean = torch.var_mean(latents.float(), dim=(0, 2, 3))
+    return 0.5 * (mean.square() + variance - 1 - variance.clamp(min=1e-8).log()).mean()
 
 
 class AutoencoderTraining:
-    """L1 on pixels and on the differences of neighbouring ones, which keep edges sharp; no critic."""
+    """Squared error of pixels and of the differences of neighbouring ones, which keep edges sharp; no critic.
+
+    Not L1: most pixels are background, and the median of a picture has no solids.
+    """
 
     def __init__(self, settings: Autoencoder, vae: AutoencoderDC, shape: tuple[int, int, int], examples: Tensor):
         self.settings, self.shape, self.examples = settings, shape, examples
@@ -45,17 +56,18 @@ class AutoencoderTraining:
         assert turn.real is not None
         pictures = turn.real.images
         noise = self.settings.latent_noise * turn.draws.normal(*self.shape)
-        made = self.networks["student"](pictures, noise)
+        made, latents = self.networks["student"](pictures, noise)
         error = made - pictures
-        pixels = error.abs().mean()
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        mse = error.detach().square().mean()
+        pixels = error.square().mean()
+        edges = error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+        deviation = moment_divergence(latents)
         logs: Logs = {
-            "l1": pixels.detach(),
-            "psnr": 10 * torch.log10(4 / mse),
+            "mse": pixels.detach(),
+            "psnr": 10 * torch.log10(4 / pixels.detach()),
             "latent_std": self.network.scale.clone(),
+            "latent_kl": deviation.detach(),
         }
-        return pixels + self.settings.edge_weight * edges, logs
+        return pixels + self.settings.edge_weight * edges + self.settings.latent_weight * deviation, logs
 
     def critic_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
         raise NotImplementedError("an autoencoder has no critic turns")
@@ -63,7 +75,7 @@ class AutoencoderTraining:
     @torch.no_grad()
     def sample(self, z: Tensor, cond: Condition) -> Tensor:
         """Reconstructions of the same few pictures, whatever ``z`` is."""
-        return self.network(self.examples.to(z.device))
+        return self.network(self.examples.to(z.device))[0]
 
     def reference(self, z: Tensor, cond: Condition, steps: int) -> Tensor:
         return self.examples.to(z.device)

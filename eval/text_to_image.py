@@ -1,0 +1,89 @@
+"""Pictures from prompts: a text-to-image teacher or student as one callable, with its parts apart for measuring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.features import quantize
+from models import teachers
+from models.condition import Condition
+from models.denoiser import Denoiser, Guided
+from models.errors import UserError
+from models.seeds import Draws
+from models.student import OneStepStudent, heun
+from models.teachers.sana import SanaSpec
+from models.trigflow import TrigFlowView
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A network with a number of steps: prompts and seeds to pictures.
+
+    ``guidance`` is the teacher's classifier-free guidance, or the scale that a student is told. Picture i depends on
+    its prompt and seed alone, not on the batch.
+    """
+
+    denoiser: Denoiser
+    spec: SanaSpec
+    steps: int
+    guidance: float
+    times: tuple[float, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{'student' if self.spec.student else 'teacher'}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+    @property
+    def nfe(self) -> int:
+        """Network calls for a picture; with guidance each call has twice the rows."""
+        return self.steps if self.spec.student else 2 * self.steps - 1
+
+    def embed(self, prompts: Sequence[str]) -> Condition:
+        """Prompts to the network's conditions, by the text encoder."""
+        return self.spec.text(prompts, self.guidance if self.spec.student else None)
+
+    @torch.no_grad()
+    def latents(self, cond: Condition, draws: Draws) -> Tensor:
+        """Conditions (B) to latents (B, C, h, w)."""
+        z = draws.normal(*self.spec.shape)
+        if not self.spec.student:
+            return heun(Guided(self.denoiser, self.guidance), z, cond, self.steps)
+        times = self.times or self.spec.times
+        assert times is not None
+        if len(times) < self.steps:
+            raise UserError(f"steps: this student has times for 1 to {len(times)} steps, not {self.steps}")
+        sigma_data = self.spec.sigma_data
+        student = OneStepStudent(TrigFlowView(self.denoiser, sigma_data, sigma_data), times[0])
+        return student.generate(z, cond, times[1 : self.steps], lambda: draws.normal(*self.spec.shape))
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """uint8 pictures (B, 3, H, W) on the CPU; UserError where they are not finite."""
+        pictures = self.spec.decode(self.latents(self.embed(prompts), Draws(seeds, self.spec.vae.device)))
+        if not bool(pictures.isfinite().all()):
+            raise UserError(f"{self.name}: some pictures are not finite: damaged weights, or a training that diverged")
+        return quantize(pictures).cpu()
+
+    def with_times(self, times: Sequence[float]) -> "Painter":
+        """The same student in ``len(times)`` steps at these TrigFlow times."""
+        return replace(self, times=tuple(times), steps=len(times))
+
+
+def painter(
+    path: str | Path, steps: int, guidance: float | None = None, device: torch.device | str = "cpu"
+) -> Painter:
+    """The student or teacher in ``path``: a folder, a run folder, or embedded:NAME.
+
+    ``guidance`` None is the student's own default, or 1 for a teacher. UserError if it is not asked for prompts.
+    """
+    run = Path(path) / "student"
+    folder = run if (run / "model_index.json").is_file() else teachers.resolve(str(path))
+    denoiser, spec = teachers.load(folder)
+    if not isinstance(spec, SanaSpec):
+        raise UserError(f"{path} is asked for classes, not for prompts")
+    if steps < 1:
+        raise UserError(f"steps: {steps} must be at least 1")
+    scale = guidance if guidance is not None else spec.guidance if spec.student else 1.0
+    return Painter(denoiser.to(device), spec.to(device), steps, scale)
