@@ -132,14 +132,16 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
     return ShuffledStream(pictures, size, seed, rank, world), pictures.shape, pictures.class_names
 
 
-def build_method(config: Config, shape: Shape | None, class_names: list[str]) -> tuple[Method, base.Spec]:
+def build_method(
+    config: Config, shape: Shape | None, class_names: list[str], stream: Stream | None = None
+) -> tuple[Method, base.Spec]:
     """The method with its networks, and the spec that the exported student will carry.
 
     UserError where settings, teacher and data do not fit each other.
     """
     match config.method:
         case Autoencoder():
-            return _autoencoder(config, config.method, shape)
+            return _autoencoder(config.method, shape, stream)
         case Consistency():
             return _consistency(config, config.method, shape, class_names)
         case MultiStudent():
@@ -152,16 +154,14 @@ def build_method(config: Config, shape: Shape | None, class_names: list[str]) ->
             return _matching(config, config.method, shape, class_names)
 
 
-def _autoencoder(config: Config, settings: Autoencoder, shape: Shape | None) -> tuple[Method, base.Spec]:
-    if shape is None:
+def _autoencoder(settings: Autoencoder, shape: Shape | None, stream: Stream | None) -> tuple[Method, base.Spec]:
+    if shape is None or stream is None:
         raise UserError("data.kind: `autoencoder` needs pictures, conditions_only has none")
     levels = 2 ** len(settings.channels)
     if shape[0] != 3 or shape[1] % levels:
         raise UserError(f"data: an autoencoder takes 3 channels and a side that is a multiple of {levels}, not {shape}")
     vae = sana.new_autoencoder(settings.channels, settings.latent_channels, settings.layers)
     side = shape[1] // levels
-    stream, _, _ = build_stream(config, 0, 1)
-    assert stream is not None
     examples = stream.next().images[:EXAMPLES]
     return AutoencoderTraining(settings, vae, (settings.latent_channels, side, side), examples), PictureSpec(shape)
 
@@ -382,7 +382,8 @@ def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
             raise UserError("data.prompts: this teacher is asked for classes, not prompts; remove the key")
         return Classes(spec.num_classes, config.classes)
     if not isinstance(data, ConditionsOnly):
-        return Captions(sorted({captions.draw(random.Random(i))["prompt"] for i in range(20000)}), spec)
+        drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
+        return Captions(sorted(drawn - captions.held_out()), spec)
     if prompts is None:
         raise UserError("data.prompts: missing; a text file with a prompt in each line")
     try:

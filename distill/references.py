@@ -7,7 +7,7 @@ Ends with a check that the distances order known damage as they should.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,13 @@ def batches(images: Tensor, description: str, size: int = 250) -> Iterator[Tenso
     return iter(tqdm(images.split(size), desc=description, unit="batch", leave=False))
 
 
-def floors(held_out: Tensor, statistics: Statistics, limit: int = 8) -> dict[int, float]:
+def floors(
+    held_out: Tensor, statistics: Statistics, sizes: Sequence[int] = FLOOR_SIZES, limit: int = 8
+) -> dict[int, float]:
     """Distance of n held-out pictures from the reference, mean over at most ``limit`` disjoint subsets of each size."""
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
     means = {}
-    for n in FLOOR_SIZES:
+    for n in sizes:
         parts = [part for part in held_out[order].split(n) if len(part) == n][:limit]
         means[n] = sum(frechet_distance(part, statistics) for part in parts) / len(parts)
     return means

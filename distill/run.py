@@ -62,7 +62,7 @@ def build(config: Config) -> Trainer:
             f"{accelerator.num_processes} processes x train.gradient_accumulation_steps"
         )
     stream, shape, names = build_stream(config, accelerator.process_index, accelerator.num_processes)
-    method, spec = build_method(config, shape, names)
+    method, spec = build_method(config, shape, names, stream)
     return Trainer(config, method, stream, accelerator, spec)
 
 

@@ -22,7 +22,7 @@ from models.errors import UserError
 REFERENCES = Path(__file__).parent / "references"
 CNN_WEIGHTS = REFERENCES / "fashion_mnist_cnn.safetensors"
 QUANTISATION = "uint8 = clamp(127.5 x + 128, 0, 255), fraction cut off"
-ExtractorName = Literal["fd_fmnist_cnn", "fd_effnet_lite0_64"]
+ExtractorName = Literal["fd_fmnist_cnn", "fd_effnet_lite0_64", "fd_solids"]
 
 
 def quantize(x: Tensor) -> Tensor:
@@ -136,6 +136,10 @@ def load_extractor(name: ExtractorName, device: torch.device | str = "cpu") -> E
             return FashionCNN(device=device)
         case "fd_effnet_lite0_64":
             return EfficientNetLite0(device=device)
+        case "fd_solids":
+            from eval.geneval.solids import SolidsFeatures  # which needs this module
+
+            return SolidsFeatures(device=device)
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class Painter:
         if len(times) < self.steps:
             raise UserError(f"steps: this student has times for 1 to {len(times)} steps, not {self.steps}")
         sigma_data = self.spec.sigma_data
-        student = OneStepStudent(TrigFlowView(self.denoiser, sigma_data, sigma_data), times[0])
+        view = TrigFlowView(self.denoiser, sigma_data, sigma_data)
+        student = OneStepStudent(cast(Denoiser, view), times[0])
         return student.generate(z, cond, times[1 : self.steps], lambda: draws.normal(*self.spec.shape))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -71,9 +73,7 @@ class Painter:
         return replace(self, times=tuple(times), steps=len(times))
 
 
-def painter(
-    path: str | Path, steps: int, guidance: float | None = None, device: torch.device | str = "cpu"
-) -> Painter:
+def painter(path: str | Path, steps: int, guidance: float | None = None, device: torch.device | str = "cpu") -> Painter:
     """The student or teacher in ``path``: a folder, a run folder, or embedded:NAME.
 
     ``guidance`` None is the student's own default, or 1 for a teacher. UserError if it is not asked for prompts.

@@ -4,21 +4,22 @@ A small network names the shape and the colour of every pixel; pixels that touch
 never touch. ``python -m distill.detector`` trained it on true renders, where the answers are known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.features import REFERENCES, file_digest
+from eval.features import REFERENCES, ExtractorName, file_digest
 from eval.geneval.judge import Detection, Options
 from models.errors import UserError
 from models.scene.captions import COLOURS, SHAPES
+from models.scene.solids import boxes_around
 
 WEIGHTS = REFERENCES / "solids_detector.safetensors"
 OPTIONS = Options(threshold=0.5, counting_threshold=0.5)
@@ -67,6 +68,14 @@ class SolidsNetwork(nn.Module):
             x = up(x) + skip
         return F.pixel_shuffle(self.leave(x), 2)
 
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B, 2 widths[-1]): mean and standard deviation over the picture of the coarsest level."""
+        x = self.enter(F.pixel_unshuffle(pictures, 2))
+        for down in self.down:
+            x = down(x)
+        std, mean = torch.std_mean(self.middle(x), dim=(2, 3))
+        return torch.cat([mean, std], 1)
+
 
 def components(mask: Tensor) -> Tensor:
     """Numbers (B, H, W) of the connected parts of masks (B, H, W): 0 outside, else a number of each part's own.
@@ -83,22 +92,39 @@ def components(mask: Tensor) -> Tensor:
         number = spread
 
 
+@dataclass(frozen=True)
+class Solid(Detection):
+    """A detection that knows its colour."""
+
+    colour: str = ""
+
+
+def colour_of(detection: Detection) -> str:
+    """The colour that the detector itself names."""
+    return cast(Solid, detection).colour
+
+
+def _load(weights: Path, device: torch.device | str) -> tuple[SolidsNetwork, str]:
+    """The network and the SHA-256 of its file."""
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing: make it with `python -m distill.detector`")
+    network = SolidsNetwork()
+    network.load_state_dict(load_file(weights))
+    return network.eval().to(device), file_digest(weights)
+
+
 class SolidsDetector:
-    """``detector(images)`` finds the solids in uint8 pictures and says who names the colour of each."""
+    """``detector(images)`` finds the solids in uint8 pictures."""
 
     name = "solids"
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
-        if not weights.is_file():
-            raise UserError(f"{weights} is missing: make it with `python -m distill.detector`")
-        self.sha256, self.device = file_digest(weights), device
-        self.network = SolidsNetwork()
-        self.network.load_state_dict(load_file(weights))
-        self.network.eval().to(device)
+        self.device = device
+        self.network, self.sha256 = _load(weights, device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> list[tuple[list[Detection], Callable[[Detection], str]]]:
-        """For each of ``images`` (B, 3, H, W) uint8: its detections, best first, and who names their colours."""
+    def __call__(self, images: Tensor) -> list[list[Solid]]:
+        """The solids in each of ``images`` (B, 3, H, W) uint8, best first."""
         logits = self.network(images.to(self.device).float() / 127.5 - 1)
         shapes = logits[:, : 1 + len(SHAPES)].softmax(1)
         colours = logits[:, 1 + len(SHAPES) :].log_softmax(1)
@@ -106,22 +132,29 @@ class SolidsDetector:
         return [self._solids(*item) for item in zip(shapes.cpu(), colours.cpu(), parts, strict=True)]
 
     @staticmethod
-    def _solids(shapes: Tensor, colours: Tensor, parts: Tensor) -> tuple[list[Detection], Callable[[Detection], str]]:
-        found: list[Detection] = []
-        named: dict[int, str] = {}
+    def _solids(shapes: Tensor, colours: Tensor, parts: Tensor) -> list[Solid]:
+        found = []
         for number in parts.unique().tolist():
             mask = parts == number
             if number == 0 or int(mask.sum()) < SMALLEST:
                 continue
             mean = shapes[1:, mask].mean(1)
-            best = int(mean.argmax())
-            detection = Detection(SHAPES[best], _box(mask.numpy()), float(mean[best]), mask.numpy())
-            named[id(detection)] = COLOURS[int(colours[:, mask].mean(1).argmax())]
-            found.append(detection)
-        return sorted(found, key=lambda d: -d.score), lambda detection: named[id(detection)]
+            best, colour = int(mean.argmax()), COLOURS[int(colours[:, mask].mean(1).argmax())]
+            x0, y0, x1, y1 = boxes_around(mask).tolist()
+            found.append(Solid(SHAPES[best], (x0, y0, x1, y1), float(mean[best]), mask.numpy(), colour))
+        return sorted(found, key=lambda solid: -solid.score)
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """x1, y1, x2, y2 around a mask, ends exclusive."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+class SolidsFeatures:
+    """The detector's features of whole pictures, for distances between sets of them."""
+
+    name: ExtractorName = "fd_solids"
+    dim, resize, shape = 192, "none", (3, 64, 64)
+
+    def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
+        self.device = device
+        self.network, self.sha256 = _load(weights, device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network.features(images.to(self.device).float() / 127.5 - 1).float().cpu()

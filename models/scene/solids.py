@@ -295,14 +295,18 @@ class Rendered:
     def boxes(self, count: int) -> Tensor:
         """(B, count, 4) int64: x0, y0, x1, y1 of the visible pixels, ends exclusive, as GenEval has them; all zero for
         a solid that is not there."""
-        masks = self.masks(count)
-        spans = []
-        for dim in (-2, -1):
-            hit = masks.any(dim).long()
-            first, last = hit.argmax(-1), hit.shape[-1] - hit.flip(-1).argmax(-1)
-            spans.append((first, torch.where(hit.any(-1), last, 0)))
-        (x0, x1), (y0, y1) = spans
-        return torch.stack([x0, y0, x1, y1], -1)
+        return boxes_around(self.masks(count))
+
+
+def boxes_around(masks: Tensor) -> Tensor:
+    """(..., 4) int64 around masks (..., H, W): x0, y0, x1, y1, ends exclusive; all zero around nothing."""
+    spans = []
+    for dim in (-2, -1):
+        hit = masks.any(dim).long()
+        first, last = hit.argmax(-1), hit.shape[-1] - hit.flip(-1).argmax(-1)
+        spans.append((first, torch.where(hit.any(-1), last, 0)))
+    (x0, x1), (y0, y1) = spans
+    return torch.stack([x0, y0, x1, y1], -1)
 
 
 @torch.no_grad()
