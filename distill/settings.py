@@ -139,6 +139,12 @@ class Train(Schema):
     """Micro-batches that one turn is split into."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast over float32 master weights."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _bare_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
     channels_last: bool = False
     """Memory layout of the convolutions' weights."""
     compile: bool = False

@@ -7,10 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
+from eval.features import extract, quantize
+from eval.frechet import frechet_distance
 from eval.geneval import Detection, Options, judge, summarize
+from eval.geneval.__main__ import judge_pictures, standard_error
 from eval.geneval.judge import COLOURS, cutout, iou, kept, relations
+from eval.geneval.prompts import HELD_OUT, true_renders
+from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of, components
+from eval.reference import load_reference
+from models.scene.captions import EVALUATION, SHAPES, Thing, describe, prompts
+from models.scene.solids import render, sample_scene
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "geneval_golden.json").read_text())
 
@@ -88,3 +97,74 @@ def test_a_colour_needs_someone_to_name_it():
     metadata = {"tag": "colors", "include": [{"class": "cube", "count": 1, "color": "red"}]}
     with pytest.raises(ValueError, match="needs colour_of"):
         judge([Detection("cube", (0, 0, 9, 9), 0.95)], metadata)
+
+
+# ------------------------------------------------------------------------------------------- the solids world
+
+
+@pytest.fixture(scope="module")
+def detector() -> SolidsDetector:
+    return SolidsDetector()
+
+
+def test_single_solids_of_every_shape_and_colour_are_found_and_named(detector: SolidsDetector):
+    """Scenes that it was not trained on; 99 of 100 must be right, as its weights' own record says of 1,200."""
+    asked = [describe([Thing(shape, colour)]) for shape in SHAPES for colour in COLOURS] * 2
+    found = detector(true_renders(asked, HELD_OUT + 7000))
+    right = [judge(solids, wanted, OPTIONS, colour_of)[0] for solids, wanted in zip(found, asked, strict=True)]
+    assert sum(right) >= 0.99 * len(right)
+
+
+def test_boxes_and_masks_are_where_the_renderer_put_the_solids(detector: SolidsDetector):
+    scenes = [sample_scene(HELD_OUT + 8000 + i, describe([Thing(shape, "red")])) for i, shape in enumerate(SHAPES)]
+    made = render(scenes)
+    for row, solids in enumerate(detector(quantize(made.images))):
+        (solid,) = solids
+        assert solid.mask is not None
+        mask, truth = torch.from_numpy(solid.mask), made.masks(1)[row, 0]
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.9
+        assert (torch.tensor(solid.box) - made.boxes(1)[row, 0]).abs().max() <= 2
+
+
+def test_an_empty_or_noisy_picture_has_nothing_in_it(detector: SolidsDetector):
+    assert detector(torch.full((1, 3, 64, 64), 110, dtype=torch.uint8)) == [[]]
+
+
+def test_connected_parts_are_told_apart():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 1:3, 1:6], mask[0, 3:6, 1], mask[0, 5:7, 4:6] = True, True, True
+    parts = components(mask)
+    assert len(parts.unique()) == 3 and torch.equal(parts > 0, mask)
+    assert parts[0, 1, 5] == parts[0, 5, 1] != parts[0, 6, 5]
+
+
+def test_scores_of_true_renders_are_the_ceiling_and_a_wrong_prompt_scores_nothing(detector: SolidsDetector):
+    """Pictures of prompt i + 1 shown for prompt i: what a generator that ignores its prompt would get."""
+    asked = prompts(EVALUATION, 60)
+    images = true_renders(asked)
+    features = SolidsFeatures()
+    right = judge_pictures("right", iter([(asked, images)]), detector, features)
+    wrong = judge_pictures("wrong", iter([(asked, images.roll(1, 0))]), detector, features)
+    assert right.scores["score"] > 0.85 > 0.2 > wrong.scores["score"]
+    assert right.scores["fd_solids"] == pytest.approx(wrong.scores["fd_solids"])
+    assert all(record["reason"] for record in wrong.records if not record["correct"])
+
+
+def test_image_distance_orders_known_damage():
+    """The floor, then noise, blur and missing prompts, each well above it."""
+    asked = prompts(EVALUATION, 600)
+    images = true_renders(asked, HELD_OUT + 9000)
+    reference = load_reference("fd_solids")
+    distance = lambda pictures: frechet_distance(extract(SolidsFeatures(), pictures.split(100)), reference.statistics)
+    soft = torch.nn.functional.avg_pool2d(images.float(), 3, 1, 1).to(torch.uint8)
+    counting = torch.tensor([wanted["tag"] == "counting" for wanted in asked])
+    noise = 30 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images.float() + noise).clamp(0, 255).to(torch.uint8)
+    floor = distance(images)
+    assert floor < 1.5 * reference.floor(600).value
+    assert min(distance(soft), distance(noisy), distance(images[counting])) > 2 * floor
+
+
+def test_standard_error_is_never_nothing():
+    assert standard_error([True] * 100) == pytest.approx(0.00495, rel=0.01)
+    assert standard_error([True, False] * 50) == pytest.approx(0.05, rel=0.02)

@@ -148,6 +148,11 @@ def test_overrides_are_read_as_yaml(base: Path):
     assert config.method.kind == "f_distill" and len(config.method.gan.taps) == 2
 
 
+def test_a_bare_no_is_a_precision_and_not_a_false(base: Path):
+    config, _ = parse(["--config", str(base / "config.yaml"), "--train.mixed_precision", "no"])
+    assert config.train.mixed_precision == "no"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs_are_valid_and_say_how_they_are_run(path: Path):
     if path.parent.name == "accelerate":

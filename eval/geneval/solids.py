@@ -69,12 +69,11 @@ class SolidsNetwork(nn.Module):
         return F.pixel_shuffle(self.leave(x), 2)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """(B, 2 widths[-1]): mean and standard deviation over the picture of the coarsest level."""
+        """(B, widths[-1]): mean over the picture of the coarsest level."""
         x = self.enter(F.pixel_unshuffle(pictures, 2))
         for down in self.down:
             x = down(x)
-        std, mean = torch.std_mean(self.middle(x), dim=(2, 3))
-        return torch.cat([mean, std], 1)
+        return self.middle(x).mean((2, 3))
 
 
 def components(mask: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class SolidsFeatures:
     """The detector's features of whole pictures, for distances between sets of them."""
 
     name: ExtractorName = "fd_solids"
-    dim, resize, shape = 192, "none", (3, 64, 64)
+    dim, resize, shape = 96, "none", (3, 64, 64)
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
         self.device = device
