@@ -70,12 +70,14 @@ def load(
     UserError if it is damaged or of other networks; nothing on disk is changed.
     """
     path = folder / f"step-{step}"
+    if device.type == "cpu":
+        device = torch.device("cpu")  # processes that share a CPU are on cpu:0, cpu:1, ..., which no file knows
     try:
         for name, network in networks.items():
-            network.load_state_dict(load_file(path / name / "model.safetensors", device=str(device)))
+            network.load_state_dict(load_file(path / name / "model.safetensors", str(device)))
             saved = torch.load(path / name / "optimizer.pt", map_location=device, weights_only=True)
             optimizers[name].load_state_dict(saved)
-        ema = load_file(path / "student" / "ema.safetensors", device=str(device))
+        ema = load_file(path / "student" / "ema.safetensors", str(device))
         return ema, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         older = [s for s in list_steps(folder) if s < step]
