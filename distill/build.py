@@ -395,6 +395,11 @@ def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
     return Captions(lines, spec)
 
 
+LATER_TIMES = (1.3, 1.1, 0.6)
+"""Times of a student's second to fourth step at sigma_data 0.5 (SANA-Sprint, Table 7), until eval.timesteps finds its
+own."""
+
+
 def _consistency(
     config: Config, settings: Consistency, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, base.Spec]:
@@ -420,7 +425,8 @@ def _consistency(
     last = view.process.t_max
     if isinstance(spec, SanaSpec):
         scales = sorted(settings.guidance)
-        own = replace(spec, times=(last,), sigma_data=settings.sigma_data, guidance=scales[len(scales) // 2])
+        times = (last, *(math.atan(0.5 * math.tan(t) / settings.sigma_data) for t in LATER_TIMES))
+        own = replace(spec, times=times, sigma_data=settings.sigma_data, guidance=scales[len(scales) // 2])
     else:
         own = replace(spec, sigma_init=float(view.process.ratio(torch.tensor(last, dtype=torch.float64))))
     method = ConsistencyDistillation(settings, teacher.requires_grad_(False), FlowStudent(view, nu), discriminator)

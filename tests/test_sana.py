@@ -1,6 +1,8 @@
 """Sana checkpoints: folders that stock pipelines read and write, text, and the solids world's runs end to end."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,14 @@ import pytest
 import torch
 import yaml
 from diffusers import SanaPipeline, SanaSprintPipeline
+from diffusers.schedulers import scheduling_scm
 
+from eval.latency import PARTS, as_text, measure
+from eval.text_to_image import painter
+from eval.timesteps import SPACING, search, write_times
 from models.denoiser import Denoiser
 from models.errors import UserError
-from models.student import OneStepStudent
+from models.seeds import Draws
 from models.teachers import load, load_class_conditional, sana
 from models.teachers.sana import SanaNetwork, SanaSpec
 from models.trigflow import TrigFlowView
@@ -51,32 +57,88 @@ def test_a_teacher_folder_is_a_stock_pipeline(teacher: Path):
     assert pipe(PROMPTS[0], num_inference_steps=2, **size, **text).images[0].size == spec.picture[:0:-1]
 
 
-def test_a_students_pixels_are_the_stock_pipelines(teacher: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's network as a student of up to four steps."""
     denoiser, spec, network = loaded(teacher)
     view = TrigFlowView(denoiser, 0.5, 0.5)
-    own = replace(spec, times=(view.process.t_max,), guidance=4.5)
-    own.save(tmp_path / "student", SanaNetwork(sana.with_guidance(network.transformer)), "card")
-    student, again, _ = loaded(tmp_path / "student")
-    assert again.times == own.times and again.student and not spec.student
-    z, cond = torch.randn(2, *spec.shape), again.text(PROMPTS, 4.5)
+    own = replace(spec, times=(view.process.t_max, 1.3, 1.1, 0.6), guidance=4.5)
+    folder = tmp_path_factory.mktemp("sana") / "student"
+    own.save(folder, SanaNetwork(sana.with_guidance(network.transformer)), own.usage)
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_students_pixels_are_the_stock_pipelines(student: Path, steps: int):
+    """By the example of its own model card, on the same noise."""
+    made = painter(student, steps)
+    assert made.spec.student and made.name == f"student, {steps} step{'s' if steps > 1 else ''}"
+    pipe: Any = SanaSprintPipeline.from_pretrained(student)
+    draws = Draws([3, 4])
+    z = draws.normal(*made.spec.shape)
+    fresh = [draws.normal(*made.spec.shape) for _ in range(steps - 1)]
+    # at the last step the scheduler draws noise too and multiplies it with 0
+    noises = iter([*fresh, torch.zeros_like(z)])
+    code = made.spec.usage.replace('"PATH"', "PATH").replace("steps, times = 1,", f"steps, times = {steps},")
+    code = code.replace('pipe("a cube",', "pipe(PROMPTS, latents=z, output_type='pt',").replace(".images[0]", ".images")
+    names = {"PATH": student, "PROMPTS": PROMPTS, "z": z}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling_scm, "randn_tensor", lambda *_args, **_rest: next(noises))
+        exec(code, names)
+    theirs = names["image"]
     with torch.no_grad():
-        one_step = OneStepStudent(TrigFlowView(student, 0.5, 0.5), view.process.t_max)  # type: ignore[arg-type]
-        mine = again.decode(one_step(z, cond))
-    pipe: Any = SanaSprintPipeline.from_pretrained(tmp_path / "student")
-    theirs = pipe(
-        PROMPTS,
-        num_inference_steps=1,
-        max_timesteps=view.process.t_max,
-        intermediate_timesteps=None,
-        latents=z,
-        height=spec.picture[1],
-        width=spec.picture[2],
-        use_resolution_binning=False,
-        complex_human_instruction=None,
-        max_sequence_length=spec.max_length,
-        output_type="pt",
-    ).images
+        mine = made.spec.decode(made.latents(made.embed(PROMPTS), Draws([3, 4])))
+    assert isinstance(theirs, torch.Tensor) and pipe.scheduler.config.sigma_data == made.spec.sigma_data
     assert torch.allclose((mine / 2 + 0.5).clamp(0, 1), theirs, atol=1e-5)
+
+
+def test_pictures_depend_on_prompt_and_seed_alone(student: Path):
+    made = painter(student, 2)
+    together = made([*PROMPTS, PROMPTS[0]], [0, 1, 2])
+    assert torch.equal(together[1:2], made(PROMPTS[1:], [1]))
+    assert not torch.equal(together[0], together[2])
+
+
+def test_more_steps_than_times_and_teachers_of_classes_are_one_line(student: Path):
+    with pytest.raises(UserError, match="times for 1 to 4 steps, not 5"):
+        painter(student, 5)(PROMPTS, [0, 1])
+    with pytest.raises(UserError, match="asked for classes"):
+        painter("embedded:fashion_mnist", 1)
+
+
+def test_latency_lists_the_parts(student: Path, teacher: Path):
+    found = measure([painter(teacher, 2, 3.0), painter(student, 1)], PROMPTS, repeats=2)
+    assert list(found) == ["teacher, 2 steps", "student, 1 step"]
+    for parts in found.values():
+        assert list(parts) == [*PARTS, "whole"]
+        assert all(0 < spread.low <= spread.median <= spread.high for spread in parts.values())
+    calls = {"teacher, 2 steps": 3, "student, 1 step": 1}
+    assert "student, 1 step: " in as_text(found, calls, "teacher, 2 steps")
+
+
+def test_step_times_are_found_greedily():
+    """A metric whose best times are known, each step's depending on the one before."""
+    best = (1.5, 0.93, 0.52)
+
+    def metric(times: Sequence[float]) -> float:
+        return -sum((t - b) ** 2 for t, b in zip(times, best, strict=False))
+
+    times, trials = search(metric, 3, first=[1.4, 1.5, 1.57])
+    assert times[0] == 1.5 and times == sorted(times, reverse=True)
+    assert all(abs(t - b) <= SPACING / 4 + 1e-9 for t, b in zip(times, best, strict=True))
+    assert len({trial.times for trial in trials}) == len(trials)
+    with pytest.raises(UserError, match="no room for step 2"):
+        search(metric, 2, first=[0.12])
+
+
+def test_found_times_are_written_where_the_student_and_its_card_have_them(student: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(student, folder)
+    write_times(folder, painter(folder, 1), [1.5, 0.9])
+    again = painter(folder, 2)
+    assert again.spec.times == (1.5, 0.9) and again.spec.guidance == 4.5
+    assert "[1.5, 0.9]" in (folder / "README.md").read_text()
+    assert not list(folder.glob("*.partial"))
 
 
 def test_a_guidance_embedding_changes_nothing_at_first_and_learns(teacher: Path):

@@ -84,7 +84,8 @@ class SanaSpec:
 
     shape:         (C, H, W) of the latents
     flow_shift:    of the teacher's own time grid
-    times:         TrigFlow times of a student's steps, falling, the first one just below pi / 2; None for a teacher
+    times:         TrigFlow times of a student's steps, falling, the first one just below pi / 2; n steps use the first
+                   n of them. None for a teacher
     sigma_data:    of a student's TrigFlow process; latents are scaled to it
     guidance:      scale that a student is asked for unless told otherwise
     examples:      prompts of sample grids
@@ -121,14 +122,23 @@ class SanaSpec:
     @property
     def usage(self) -> str:
         _, height, width = self.picture
-        name, steps = ("SanaSprintPipeline", 1) if self.student else ("SanaPipeline", 20)
-        start = f", max_timesteps={self.times[0]:.5f}" if self.times else ""
-        return f"""from diffusers import {name}
+        if self.times is None:
+            first, last = "from diffusers import SanaPipeline", "num_inference_steps=20"
+        else:
+            first = "from functools import partial\n\nfrom diffusers import SanaSprintPipeline"
+            last = f"num_inference_steps=steps, timesteps=[*times[:steps], 0.0], guidance_scale={self.guidance:g}, "
+            last += "max_timesteps=None, intermediate_timesteps=None"
+        steps = ""
+        if self.times is not None:  # SanaSprintPipeline takes timesteps, and forgets to tell its scheduler their number
+            steps = f"""steps, times = 1, {[round(t, 5) for t in self.times]}
+pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, steps)
+"""
+        return f"""{first}
 
-pipe = {name}.from_pretrained("PATH")
+pipe = {first.split()[-1]}.from_pretrained("PATH")
 size = {{"height": {height}, "width": {width}, "use_resolution_binning": False}}
 text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_length}}}
-image = pipe("{self.examples[0]}", num_inference_steps={steps}, **size, **text{start}).images[0]"""
+{steps}image = pipe("{self.examples[0]}", {last}, **size, **text).images[0]"""
 
     @property
     def max_length(self) -> int:
