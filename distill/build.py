@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -59,10 +60,11 @@ from distill.settings import (
 )
 from models import autoencoder
 from models.autoencoder import PictureSpec
+from models.controlnet import BranchAlone, SanaControlBranch, edges
 from models.denoiser import Denoiser, Guided
 from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
-from models.process import EDM, RectifiedFlow, TrigFlow
+from models.process import EDM, TrigFlow
 from models.scene import captions
 from models.student import OneStepStudent
 from models.teachers import base, load, sana
@@ -149,7 +151,7 @@ def build_method(
         case ScoreMatching():
             return _score_matching(config, config.method, shape, class_names)
         case Pretrain():
-            return _pretraining(config, config.method, shape, class_names)
+            return _pretraining(config, config.method, shape, class_names, stream)
         case _:
             return _matching(config, config.method, shape, class_names)
 
@@ -185,8 +187,10 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
 
 
 def _pretraining(
-    config: Config, settings: Pretrain, shape: Shape | None, class_names: list[str]
+    config: Config, settings: Pretrain, shape: Shape | None, class_names: list[str], stream: Stream | None
 ) -> tuple[Method, base.Spec]:
+    if settings.control is not None:
+        return _control(config, settings, settings.control, stream)
     if config.teacher is not None:
         raise UserError(
             "teacher: `pretrain` trains a teacher and takes none; remove the key or choose another method.kind"
@@ -199,6 +203,23 @@ def _pretraining(
         raise UserError("data: pictures with captions, not classes; method.sana makes a teacher for them")
     spec = Spec(settings.patch, len(class_names), shape[0], shape[1], settings.sigma_data, None, class_names)
     return Pretraining(settings, _new_denoiser(settings, spec)), spec
+
+
+def _control(config: Config, settings: Pretrain, blocks: int, stream: Stream | None) -> tuple[Method, base.Spec]:
+    """A control branch on a frozen teacher; the first pictures of the data are its examples."""
+    denoiser, spec = load_teacher(config)
+    if stream is None or not isinstance(spec, SanaSpec):
+        raise UserError("method.control: a branch for sketches needs pictures, and a teacher that is asked for prompts")
+    network = cast(SanaNetwork, denoiser.requires_grad_(False).network)
+    if network.control is not None:
+        raise UserError(f"method.control: the teacher {config.teacher and config.teacher.path} has a branch already")
+    try:
+        network.control = SanaControlBranch.of(network.transformer, blocks, spec.vae.spatial_compression_ratio)
+    except ValueError as error:
+        raise UserError(f"method.control: {error}") from error
+    first = stream.next()
+    spec = replace(spec, examples=first.captions[:EXAMPLES], control=edges(first.images[:EXAMPLES]))
+    return Pretraining(settings, denoiser, part=BranchAlone(denoiser, network.control)), spec
 
 
 def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
@@ -395,6 +416,17 @@ def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
     return Captions(lines, spec)
 
 
+def _other_start(path: Path, teacher: Denoiser, spec: Spec | SanaSpec) -> Denoiser:
+    """A student's network to go on from, with a copy of the teacher's control branch if it has none."""
+    run = path / "student"
+    denoiser, own = load(run if run.is_dir() else path)
+    if type(own) is not type(spec) or own.shape != spec.shape:
+        raise UserError(f"method.start: {path} makes other pictures than the teacher")
+    if isinstance(denoiser.network, SanaNetwork) and denoiser.network.control is None:
+        denoiser.network.control = copy.deepcopy(cast(SanaNetwork, teacher.network).control)
+    return denoiser.train()
+
+
 LATER_TIMES = (1.3, 1.1, 0.6)
 """Times of a student's second to fourth step at sigma_data 0.5 (SANA-Sprint, Table 7), until eval.timesteps finds its
 own."""
@@ -407,14 +439,12 @@ def _consistency(
     if shape is None:
         raise UserError("data.kind: `consistency` needs pictures, conditions_only has none")
     guided = settings.guidance != [1.0]
-    network = teacher.network
+    student = copy.deepcopy(teacher) if settings.start is None else _other_start(settings.start, teacher, spec)
+    network = student.network
     if isinstance(network, SanaNetwork) and guided:
-        shift = cast(RectifiedFlow, teacher.process).shift
-        student = sana.denoiser(SanaNetwork(sana.with_guidance(network.transformer)), shift)
+        network.transformer = sana.with_guidance(network.transformer)
     elif guided:
         raise UserError("method.guidance: this teacher's network embeds no guidance scale: give [1.0]")
-    else:
-        student = copy.deepcopy(teacher)
     view = TrigFlowView(student, settings.sigma_data, settings.sigma_data if settings.scale_data else 1.0)
     floor = nu_floor(settings.tangent_norm, math.prod(spec.shape))
     nu = LogVariance(floor) if settings.adaptive_weight else None

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from models.condition import Condition
+from models.controlnet import edges, roughened
 from models.errors import UserError, run_command
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
 from models.teachers.base import Spec
 from models.teachers.sana import SanaSpec
+
+ROUGH = 0x11E5
+"""Sets the random numbers of lines apart from those of a turn."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return replace(self, images=self.images.to(device, non_blocking=True), cond=self.cond.to(device))
 
-    def through(self, spec: Spec) -> "Batch":
-        """As the teacher sees it: pictures encoded, captions embedded."""
+    def through(self, spec: Spec, seeds: Sequence[int]) -> "Batch":
+        """As the teacher sees it: pictures encoded, captions embedded, and, if it follows them, lines as a hand draws
+        them; which hand, ``seeds`` (one a picture) say."""
         cond = spec.text(self.captions) if isinstance(spec, SanaSpec) else self.cond
+        if isinstance(spec, SanaSpec) and spec.control is not None:
+            draws = Draws([mix(seed, ROUGH) for seed in seeds], self.images.device)
+            cond = replace(cond, control=roughened(edges(self.images), draws))
         return Batch(spec.encode(self.images), cond)
 
 

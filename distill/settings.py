@@ -229,6 +229,8 @@ class Pretrain(Schema):
     """Noise levels in training."""
     sana: SanaSize | None = None
     """A text-to-image flow transformer in latents, in the place of the U-Net and its channels, layers and patch."""
+    control: int | None = Field(default=None, gt=0)
+    """Blocks of a control branch (ControlNet, arXiv 2302.05543) for sketches: it alone is trained, on `teacher`."""
 
 
 class ScoreMatching(Pretrain):
@@ -425,6 +427,8 @@ class Consistency(Schema):
     """
 
     kind: Literal["consistency"] = "consistency"
+    start: Path | None = None
+    """Run folder or exported student to start from; null: the teacher's weights. It takes over a teacher's control."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of the consistency term; 0 leaves LADD alone."""
     ladd: LADD | None = None

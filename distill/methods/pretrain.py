@@ -15,13 +15,20 @@ class Pretraining:
     """The network named "student" is the denoiser itself: one forward and backward pass per turn, no critic.
 
     With a ``teacher`` its denoising of the noised real picture is the target in the place of the picture itself.
+    ``part`` calls the denoiser and has those of its parameters that are trained; None: all are.
     """
 
-    def __init__(self, settings: Pretrain, denoiser: Denoiser, teacher: Guided | None = None):
+    def __init__(
+        self,
+        settings: Pretrain,
+        denoiser: Denoiser,
+        teacher: Guided | None = None,
+        part: nn.Module | None = None,
+    ):
         self.settings, self.denoiser, self.teacher = settings, denoiser, teacher
-        self.networks: dict[str, nn.Module] = {"student": denoiser}
+        self.networks: dict[str, nn.Module] = {"student": part or denoiser}
         self.buffers: dict[str, nn.Module] = {}
-        self.frozen: list[nn.Module] = [teacher] if teacher else []
+        self.frozen: list[nn.Module] = [module for module in (teacher, part and denoiser) if module]
         self.critic_turns = 0
         self.pictures = {"student"}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -20,15 +21,19 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
 )
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
 from models.condition import Condition
+from models.controlnet import SanaControlBranch
 from models.denoiser import Denoiser
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
 from models.process import RectifiedFlow
 
+LINES = "examples.png"
+"""The examples' lines in a folder's controlnet/, one below the other."""
 LONGEST = 300
 """Tokens of a prompt that Sana's pipelines read; a tokenizer's own ``model_max_length`` may be shorter."""
 
@@ -37,11 +42,19 @@ class SanaNetwork(nn.Module):
     """A SanaTransformer2DModel as ``network(x, t, cond)`` with t the flow time in [0, 1]; predicts the velocity.
 
     With a ``text_encoder`` (while it is trained too) ``cond.text`` holds token ids (B, L) in the place of embeddings.
+    With a ``control`` branch it follows the lines in ``cond.control`` as closely as ``control_strength`` says: 0 is
+    not at all, 1 as it was trained.
     """
 
-    def __init__(self, transformer: SanaTransformer2DModel, text_encoder: nn.Module | None = None):
+    def __init__(
+        self,
+        transformer: SanaTransformer2DModel,
+        text_encoder: nn.Module | None = None,
+        control: SanaControlBranch | None = None,
+    ):
         super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
+        self.transformer, self.text_encoder, self.control = transformer, text_encoder, control
+        self.control_strength = 1.0
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """``x`` (B, C, H, W), ``t`` (B,); text and, where the transformer embeds it, guidance from ``cond``."""
@@ -55,12 +68,19 @@ class SanaNetwork(nn.Module):
             if cond.guidance is None:
                 raise ValueError("this network embeds the guidance scale: the condition has none")
             guidance = config["guidance_embeds_scale"] * cond.guidance
+        text, timestep, added = text.to(x.dtype), 1000 * config["timestep_scale"] * t, None
+        if self.control is not None and self.control_strength != 0:
+            if cond.control is None:
+                raise ValueError("this network follows lines: the condition has no control")
+            added = self.control(self.transformer, x, text, cond.text_mask, timestep, guidance, cond.control)
+            added = tuple(self.control_strength * residual for residual in added)
         return self.transformer(
             x,
-            encoder_hidden_states=text.to(x.dtype),
+            encoder_hidden_states=text,
             encoder_attention_mask=cond.text_mask,
-            timestep=1000 * config["timestep_scale"] * t,
+            timestep=timestep,
             guidance=guidance,
+            controlnet_block_samples=added,
             return_dict=False,
         )[0]
 
@@ -90,6 +110,7 @@ class SanaSpec:
     guidance:      scale that a student is asked for unless told otherwise
     examples:      prompts of sample grids
     joint:         prompts become token ids: the network holds the text encoder itself
+    control:       (n, 1, H, W) in [-1, 1]: lines of the examples, for a network with a control branch
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -102,6 +123,7 @@ class SanaSpec:
     guidance: float = 4.5
     examples: tuple[str, ...] = ("",)
     joint: bool = False
+    control: Tensor | None = None
     _null: list[Condition] = field(default_factory=list, repr=False)
 
     @property
@@ -146,7 +168,11 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
     def preview(self, count: int) -> Condition:
         scale = None if self.times is None else self.guidance
-        return self.text([self.examples[i % len(self.examples)] for i in range(count)], scale)
+        cond = self.text([self.examples[i % len(self.examples)] for i in range(count)], scale)
+        if self.control is None:
+            return cond
+        lines = self.control[torch.arange(count) % len(self.control)]
+        return replace(cond, control=lines.to(self.vae.device))
 
     def to(self, device: torch.device | str) -> "SanaSpec":
         """Move the frozen parts; a joint text encoder moves with its network."""
@@ -213,6 +239,10 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
         studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples}
         with replace_folder(folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
+            if network.control is not None and self.control is not None:
+                network.control.save_pretrained(temporary / "controlnet", safe_serialization=True)
+                strip = (self.control[:, 0] > 0).flatten(0, 1).numpy()
+                Image.fromarray(strip).save(temporary / "controlnet" / LINES)
             (temporary / "studio.json").write_text(json.dumps(studio, indent=2) + "\n")
             (temporary / "README.md").write_text(card)
 
@@ -228,6 +258,11 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
     side, config = transformer.config["sample_size"], transformer.config
+    branch = lines = None
+    if (folder / "controlnet").is_dir():
+        branch = SanaControlBranch.from_pretrained(folder / "controlnet", use_safetensors=True)
+        strip = torch.from_numpy(np.array(Image.open(folder / "controlnet" / LINES)))
+        lines = 2.0 * strip.view(-1, 1, strip.shape[1], strip.shape[1]) - 1
     spec = SanaSpec(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=text_encoder.requires_grad_(False).eval(),
@@ -238,8 +273,9 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
         sigma_data=scheduler.get("sigma_data", 0.5),
         guidance=own.get("guidance", 4.5),
         examples=tuple(own.get("examples", ("",))),
+        control=lines,
     )
-    return denoiser(SanaNetwork(transformer), spec.flow_shift).eval(), spec
+    return denoiser(SanaNetwork(transformer, control=branch), spec.flow_shift).eval(), spec
 
 
 def denoiser(network: SanaNetwork, flow_shift: float) -> Denoiser:
