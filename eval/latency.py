@@ -64,7 +64,7 @@ class Spread:
         return cls(statistics.median(ordered), at(0.1), at(0.9))
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,13 +78,13 @@ def measure(painters: Sequence[Painter], prompts: Sequence[str], repeats: int) -
     for round_ in trange(repeats + 1, desc="latency", unit="round"):
         for made in painters:
             device = torch.device(made.spec.vae.device)
-            marks = [_now(device)]
+            marks = [now(device)]
             cond = made.embed(prompts)
-            marks.append(_now(device))
+            marks.append(now(device))
             latents = made.latents(cond, Draws(range(len(prompts)), device))
-            marks.append(_now(device))
+            marks.append(now(device))
             made.spec.decode(latents)
-            marks.append(_now(device))
+            marks.append(now(device))
             if round_ > 0:
                 for part, (start, end) in zip(PARTS, pairwise(marks), strict=True):
                     taken[made.name][part].append(end - start)

@@ -11,6 +11,7 @@ from torch import Tensor
 from eval.features import quantize
 from models import teachers
 from models.condition import Condition
+from models.controlnet import NOTHING
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError
 from models.seeds import Draws
@@ -42,9 +43,19 @@ class Painter:
         """Network calls for a picture; with guidance each call has twice the rows."""
         return self.steps if self.spec.student else 2 * self.steps - 1
 
-    def embed(self, prompts: Sequence[str]) -> Condition:
-        """Prompts to the network's conditions, by the text encoder."""
-        return self.spec.text(prompts, self.guidance if self.spec.student else None)
+    def embed(self, prompts: Sequence[str], lines: Tensor | None = None) -> Condition:
+        """Prompts to the network's conditions, by the text encoder, with ``lines`` (B, 1, H, W) for one that follows
+        them; None is an empty canvas."""
+        cond = self.spec.text(prompts, self.guidance if self.spec.student else None)
+        if lines is None and self.spec.control is not None:
+            lines = torch.full((len(prompts), 1, *self.spec.picture[1:]), NOTHING)
+        return cond if lines is None else self.redrawn(cond, lines)
+
+    def redrawn(self, cond: Condition, lines: Tensor) -> Condition:
+        """``cond`` with other lines (B, 1, H, W); UserError for a network that follows none."""
+        if self.spec.control is None:
+            raise UserError(f"{self.name}: it has no control branch, so it follows no lines")
+        return replace(cond, control=lines.to(self.spec.vae.device))
 
     @torch.no_grad()
     def latents(self, cond: Condition, draws: Draws) -> Tensor:
@@ -61,9 +72,9 @@ class Painter:
         student = OneStepStudent(cast(Denoiser, view), times[0])
         return student.generate(z, cond, times[1 : self.steps], lambda: draws.normal(*self.spec.shape))
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], lines: Tensor | None = None) -> Tensor:
         """uint8 pictures (B, 3, H, W) on the CPU; UserError where they are not finite."""
-        pictures = self.spec.decode(self.latents(self.embed(prompts), Draws(seeds, self.spec.vae.device)))
+        pictures = self.spec.decode(self.latents(self.embed(prompts, lines), Draws(seeds, self.spec.vae.device)))
         if not bool(pictures.isfinite().all()):
             raise UserError(f"{self.name}: some pictures are not finite: damaged weights, or a training that diverged")
         return quantize(pictures).cpu()

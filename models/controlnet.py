@@ -95,6 +95,7 @@ class SanaControlBranch(ModelMixin, ConfigMixin):
         self.copies = nn.ModuleList(SanaTransformerBlock(**block) for _ in range(blocks))
         self.leave = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
         for linear in (self.enter, *self.leave):
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
