@@ -13,6 +13,7 @@ import yaml
 from diffusers import SanaPipeline, SanaSprintPipeline
 from diffusers.schedulers import scheduling_scm
 
+from distill import embed
 from eval.latency import PARTS, as_text, measure
 from eval.text_to_image import painter
 from eval.timesteps import SPACING, search, write_times
@@ -234,3 +235,20 @@ def test_f_distill_runs_on_prompts(solids: Path, tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     data = {"kind": "conditions_only", "prompts": str(tmp_path / "prompts.txt")}
     run(solids, "diff_instruct", {"kind": "diff_instruct", "critic_turns": 1}, teacher=teacher, data=data)
+
+
+def test_a_run_becomes_an_embedded_model(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Half the size, the same pictures to float16's precision, and still a stock pipeline."""
+    shutil.copytree(student, tmp_path / "run" / "student")
+    monkeypatch.setattr(embed, "PRETRAINED", tmp_path / "pretrained")
+    embed.main(embed.Options(tmp_path / "run", "small"))
+    shipped = tmp_path / "pretrained" / "small"
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (shipped / weights).stat().st_size < 0.6 * (student / weights).stat().st_size
+    before, after = painter(student, 1)(PROMPTS, [0, 1]), painter(shipped, 1)(PROMPTS, [0, 1])
+    assert (before.int() - after.int()).abs().max() <= 2
+    SanaSprintPipeline.from_pretrained(shipped)
+    with pytest.raises(UserError, match="no exported network"):
+        embed.main(embed.Options(tmp_path, "small"))
+    with pytest.raises(UserError, match="letters, digits"):
+        embed.main(embed.Options(tmp_path / "run", "../small"))
