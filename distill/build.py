@@ -15,6 +15,7 @@ from distill.consistency_losses import nu_floor
 from distill.data import (
     Captions,
     Classes,
+    Columns,
     FashionMNIST,
     HFPictures,
     ImageFolder,
@@ -116,12 +117,14 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
         case HFData():
             dataset = hf_dataset(data, rank, world)
-            whole = HFPictures(dataset, data.size, data.channels, data.image_column, data.label_column)
+            columns = Columns(data.image_column, data.label_column, data.caption_column)
+            whole = HFPictures(dataset, data.size, data.channels, columns)
             if data.streaming:
                 if config.classes is not None:
+                    if columns.caption:
+                        raise UserError("classes: these pictures have captions, not classes")
                     dataset = dataset.filter(_of_classes(config.classes, data.label_column))
-                stream = StreamedPictures(dataset, size, whole.shape, data.image_column, data.label_column)
-                return stream, whole.shape, whole.class_names
+                return StreamedPictures(dataset, size, whole.shape, columns), whole.shape, whole.class_names
             pictures = whole
         case SolidsData():
             pictures = SolidsPictures(data.count, data.size)
@@ -248,7 +251,7 @@ def load_teacher(
         if class_names or config.classes is not None:
             raise UserError(f"data: pictures of classes, but the teacher {config.teacher.path} is asked for prompts")
         return denoiser, spec
-    if isinstance(config.data, SolidsData):
+    if isinstance(config.data, SolidsData) or getattr(config.data, "caption_column", None):
         raise UserError(f"data: pictures with captions, but the teacher {config.teacher.path} knows classes")
     if len(class_names) > spec.num_classes:
         raise UserError(
@@ -402,9 +405,13 @@ def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
         if prompts is not None:
             raise UserError("data.prompts: this teacher is asked for classes, not prompts; remove the key")
         return Classes(spec.num_classes, config.classes)
-    if not isinstance(data, ConditionsOnly):
+    if isinstance(data, SolidsData):
         drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
         return Captions(sorted(drawn - captions.held_out()), spec)
+    if not isinstance(data, ConditionsOnly):
+        raise UserError(
+            f"data.kind: {config.method.kind} draws its prompts from solids, or from conditions_only.prompts"
+        )
     if prompts is None:
         raise UserError("data.prompts: missing; a text file with a prompt in each line")
     try:

@@ -240,40 +240,55 @@ class ImageFolder:
         return Batch(torch.stack(list(self._pool.map(self._read, indices))), Condition(class_ids=labels))
 
 
-def _columns(features: Any, image_column: str, label_column: str | None) -> list[str]:
-    """Check the columns of a Hugging Face data set; the class names."""
-    for column in (image_column, label_column):
-        if column and features is not None and column not in features:
-            raise UserError(f"data: the data set has no column '{column}'; it has {sorted(features)}")
-    label = features[label_column] if label_column and features is not None else None
-    return list(getattr(label, "names", None) or ["all"])
+@dataclass(frozen=True)
+class Columns:
+    """Of a Hugging Face data set: the picture's, and that of its class (None: all are one) or of its caption."""
+
+    image: str
+    label: str | None = None
+    caption: str | None = None
+
+    def class_names(self, features: Any) -> list[str]:
+        """UserError if a column is not among ``features`` (None: unknown); no names for captions."""
+        for column in (self.image, self.caption or self.label):
+            if column and features is not None and column not in features:
+                raise UserError(f"data: the data set has no column '{column}'; it has {sorted(features)}")
+        if self.caption:
+            return []
+        label = features[self.label] if self.label and features is not None else None
+        return list(getattr(label, "names", None) or ["all"])
+
+    def collate(self, rows: list[dict[str, Any]], shape: tuple[int, int, int]) -> Batch:
+        """Rows to a batch; webdataset's ``cls`` and ``txt`` files arrive as values or as their text."""
+        images = torch.stack([to_tensor(row[self.image], shape[1], shape[0]) for row in rows])
+        if self.caption:
+            texts = (row[self.caption] for row in rows)
+            return Batch(images, Condition(), tuple(t.decode() if isinstance(t, bytes) else str(t) for t in texts))
+        labels = torch.tensor([int(row[self.label]) if self.label else 0 for row in rows])
+        return Batch(images, Condition(class_ids=labels))
 
 
 class HFPictures:
-    """A map-style Hugging Face data set with an image column and an optional label column."""
+    """A map-style Hugging Face data set."""
 
-    def __init__(self, dataset: Any, size: int, channels: int, image_column: str, label_column: str | None):
-        self.class_names = _columns(dataset.features, image_column, label_column)
-        self.dataset, self.image, self.label = dataset, image_column, label_column
+    def __init__(self, dataset: Any, size: int, channels: int, columns: Columns):
+        self.class_names = columns.class_names(dataset.features)
+        self.dataset, self.columns = dataset, columns
         self.shape = (channels, size, size)
 
     @property
     def labels(self) -> Tensor:
-        values = self.dataset[self.label] if self.label else [0] * len(self.dataset)
+        if self.columns.caption:
+            raise UserError("classes: these pictures have captions, not classes")
+        label = self.columns.label
+        values = self.dataset[label] if label else [0] * len(self.dataset)
         return torch.tensor([int(value) for value in values])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def get(self, indices: list[int]) -> Batch:
-        return collate([self.dataset[i] for i in indices], self.shape, self.image, self.label)
-
-
-def collate(rows: list[dict[str, Any]], shape: tuple[int, int, int], image: str, label: str | None) -> Batch:
-    """Rows of a Hugging Face data set to a batch; webdataset's ``cls`` files arrive as numbers or their text."""
-    images = torch.stack([to_tensor(row[image], shape[1], shape[0]) for row in rows])
-    labels = torch.tensor([int(row[label]) if label else 0 for row in rows])
-    return Batch(images, Condition(class_ids=labels))
+        return self.columns.collate([self.dataset[i] for i in indices], self.shape)
 
 
 class SolidsPictures:
@@ -347,8 +362,8 @@ class StreamedPictures:
     buffer could not be resumed exactly.
     """
 
-    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], image: str, label: str | None):
-        self.dataset, self.size, self.shape, self.image, self.label = dataset, size, shape, image, label
+    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns):
+        self.dataset, self.size, self.shape, self.columns = dataset, size, shape, columns
         self.epoch = 0
         self.dataset.set_epoch(0)
         self._rows: Iterator[dict[str, Any]] = iter(self.dataset)
@@ -369,7 +384,7 @@ class StreamedPictures:
             self.epoch, fresh = self.epoch + 1, True
             self.dataset.set_epoch(self.epoch)
             self._rows = iter(self.dataset)
-        return collate(rows, self.shape, self.image, self.label)
+        return self.columns.collate(rows, self.shape)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}

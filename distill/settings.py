@@ -71,6 +71,8 @@ class HFData(Schema):
     """Column of pictures (webdataset: the file suffix, e.g. "png")."""
     label_column: str | None = "label"
     """Column of class ids; null: all pictures are class 0."""
+    caption_column: str | None = None
+    """Column of captions (webdataset: "txt"), for teachers that are asked for prompts; label_column is not read."""
     size: int = Field(default=32, gt=0)
     """Side in pixels."""
     channels: Literal[1, 3] = 3

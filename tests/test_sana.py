@@ -1,17 +1,22 @@
 """Sana checkpoints: folders that stock pipelines read and write, text, and the solids world's runs end to end."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import SanaPipeline, SanaSprintPipeline
 from diffusers.schedulers import scheduling_scm
+from PIL import Image
+from safetensors.torch import load_file
 
 from distill import embed
 from eval.latency import PARTS, as_text, measure
@@ -23,7 +28,7 @@ from models.seeds import Draws
 from models.teachers import load, load_class_conditional, sana
 from models.teachers.sana import SanaNetwork, SanaSpec
 from models.trigflow import TrigFlowView
-from tests.tiny import save_sana, train
+from tests.tiny import ROOT, save_sana, train
 
 PROMPTS = ["a photo of a red cube", "a photo of a torus left of a blue sphere"]
 
@@ -252,3 +257,37 @@ def test_a_run_becomes_an_embedded_model(student: Path, tmp_path: Path, monkeypa
         embed.main(embed.Options(tmp_path, "small"))
     with pytest.raises(UserError, match="letters, digits"):
         embed.main(embed.Options(tmp_path / "run", "../small"))
+
+
+def write_captioned_shard(folder: Path, rows: int = 12, size: int = 16) -> Path:
+    """Random pictures with captions as a webdataset shard: NNNN.jpg and NNNN.txt."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    with tarfile.open(folder / "000.tar", "w") as tar:
+        for row in range(rows):
+            buffer = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "JPEG")
+            for suffix, content in (("jpg", buffer.getvalue()), ("txt", PROMPTS[row % 2].encode())):
+                info = tarfile.TarInfo(f"{row:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_a_sana_folder_trains_with_the_papers_settings(tmp_path: Path):
+    """The shipped configuration as it is, but for paths, picture size, and batch and steps that a CPU can pay for."""
+    teacher = save_sana(tmp_path / "teacher", side=4, depth=20)
+    shards = write_captioned_shard(tmp_path / "shards")
+    done = train(
+        *("--config", ROOT / "configs/sana/sprint_600m.yaml", "--output", tmp_path / "run"),
+        *("--teacher.path", teacher, "--data.data_files", shards / "*.tar", "--data.size", 16),
+        *("--train.batch_size", 4, "--train.steps", 2, "--train.log_every", 1, "--train.sample_every", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["skipped_steps"] == 0 and line["adversarial"] != 0 for line in lines)
+    pipe: Any = SanaSprintPipeline.from_pretrained(tmp_path / "run/student")
+    assert pipe.transformer.config.guidance_embeds and pipe.transformer.config.num_layers == 20
+    weights = load_file(tmp_path / "run/student/transformer/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert painter(tmp_path / "run", 4)(PROMPTS, [0, 1]).shape == (2, 3, 16, 16)
