@@ -1,19 +1,26 @@
-"""Pictures from prompts: a text-to-image teacher or student as one callable, with its parts apart for measuring."""
+"""Pictures from prompts: a text-to-image teacher or student as one callable, with its parts apart for measuring.
 
+python -m eval.text_to_image embedded:solids_sprint "a photo of a red cube" --steps 1 --seeds 0 1 2 3
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+import tyro
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from eval.features import quantize
 from models import teachers
 from models.condition import Condition
-from models.controlnet import NOTHING
+from models.controlnet import NOTHING, edges
 from models.denoiser import Denoiser, Guided
-from models.errors import UserError
+from models.errors import UserError, run_command
 from models.seeds import Draws
 from models.student import OneStepStudent, heun
 from models.teachers.sana import SanaSpec
@@ -98,3 +105,52 @@ def painter(path: str | Path, steps: int, guidance: float | None = None, device:
         raise UserError(f"steps: {steps} must be at least 1")
     scale = guidance if guidance is not None else spec.guidance if spec.student else 1.0
     return Painter(denoiser.to(device), spec.to(device), steps, scale)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a row of pictures of one prompt, one for each seed."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, an exported student or teacher, or embedded:NAME."""
+    prompt: tyro.conf.Positional[str]
+    """What the pictures should show."""
+    steps: int = 1
+    """Steps; a teacher wants 20."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Seeds of the noise, a picture each."""
+    guidance: float | None = None
+    """Guidance scale; default: a student's own, none for a teacher."""
+    lines: Path | None = None
+    """Picture whose edges a student with a control branch follows, of any size."""
+    output: Path = Path("pictures.png")
+    """PNG file."""
+    device: str = "cpu"
+
+
+def read_lines(path: Path, side: int) -> Tensor:
+    """Edges (1, 1, side, side) of a picture file; UserError if it is none."""
+    try:
+        picture = ImageOps.fit(Image.open(path).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--lines: {path} cannot be read as a picture: {error}") from error
+    return edges(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+
+
+def main(options: Options) -> None:
+    if not options.seeds or min(options.seeds) < 0:
+        raise UserError("--seeds: give at least one, none below 0")
+    made = painter(options.model, options.steps, options.guidance, options.device)
+    if unknown := made.spec.unknown_words(options.prompt):
+        print(f"warning: words that this model does not know: {', '.join(unknown)}", file=sys.stderr)
+    lines = None
+    if options.lines is not None:
+        lines = read_lines(options.lines, made.spec.picture[1]).expand(len(options.seeds), -1, -1, -1)
+    pictures = made([options.prompt] * len(options.seeds), options.seeds, lines)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()).save(options.output)
+    print(f"{made.name}: {options.output}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Options)))

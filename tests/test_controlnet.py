@@ -10,8 +10,16 @@ from diffusers import SanaPipeline
 from torch import Tensor
 
 from distill.total_derivative import total_derivative
+from eval.control import frame_time, overlap
+from eval.features import quantize
+from eval.geneval.prompts import HELD_OUT
+from eval.geneval.solids import SolidsDetector
+from eval.text_to_image import painter
 from models.condition import Condition
 from models.controlnet import NOTHING, SanaControlBranch, edges, roughened
+from models.errors import UserError
+from models.scene.captions import prompts
+from models.scene.solids import render, sample_scene
 from models.seeds import Draws
 from models.teachers import load, sana
 from models.teachers.sana import SanaNetwork, SanaSpec
@@ -181,3 +189,25 @@ def test_both_stages_train_what_they_should(folder: Path, tmp_path: Path):
     assert changed > 0 and student.transformer.config["guidance_embeds"]
     name = "transformer_blocks.0.ff.conv_point.weight"
     assert not torch.equal(student.transformer.state_dict()[name], after.transformer.state_dict()[name])
+
+
+def test_overlap_is_whole_for_the_drawn_scene_and_nothing_for_an_empty_one():
+    asked = prompts(3, 12)
+    made = render([sample_scene(HELD_OUT + 500 + i, wanted) for i, wanted in enumerate(asked)])
+    detector, truth = SolidsDetector(), made.index >= 0
+    own = overlap(detector, quantize(made.images), truth)
+    others = overlap(detector, quantize(made.images.roll(1, 0)), truth)
+    nothing = overlap(detector, quantize(torch.zeros_like(made.images)), truth)
+    assert min(own) > 0.85 and sum(others) < 0.5 * sum(own) and max(nothing) == 0
+
+
+def test_a_painter_draws_with_and_without_lines_and_times_a_frame(folder: Path, tmp_path: Path):
+    network, spec, cond = controlled(folder, 0.3)
+    replace(spec, control=cond.control, examples=tuple(PROMPTS)).save(tmp_path / "teacher", network, "card")
+    made, plain = painter(tmp_path / "teacher", 2), painter(folder, 2)
+    drawn = made(PROMPTS, [0, 1], cond.control)
+    assert not torch.equal(drawn, made(PROMPTS, [0, 1]))
+    with pytest.raises(UserError, match="follows no lines"):
+        plain(PROMPTS, [0, 1], cond.control)
+    frame = frame_time(made, PROMPTS[0], torch.rand(1, *spec.picture), repeats=3)
+    assert 0 < frame.low <= frame.median <= frame.high

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill import embed
+from eval import text_to_image
 from eval.latency import PARTS, as_text, measure
 from eval.text_to_image import painter
 from eval.timesteps import SPACING, search, write_times
@@ -291,3 +293,17 @@ def test_a_sana_folder_trains_with_the_papers_settings(tmp_path: Path):
     weights = load_file(tmp_path / "run/student/transformer/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert painter(tmp_path / "run", 4)(PROMPTS, [0, 1]).shape == (2, 3, 16, 16)
+
+
+def test_pictures_by_one_command(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = partial(text_to_image.Options, str(student), output=tmp_path / "row.png", seeds=(0, 1, 2))
+    text_to_image.main(options(prompt="a photo of a mauve cube"))
+    assert Image.open(tmp_path / "row.png").size == (3 * 32, 32)
+    assert "does not know: mauve" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no control branch"):
+        text_to_image.main(options(prompt="a cube", lines=tmp_path / "row.png"))
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        text_to_image.main(options(prompt="a cube", lines=tmp_path / "no.png"))
+    with pytest.raises(UserError, match="at least one"):
+        text_to_image.main(options(prompt="a cube", seeds=()))
