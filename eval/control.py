@@ -7,7 +7,7 @@ student stand the detector on the true renders (the ceiling) and the same studen
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def measure(student: Painter, count: int, seed: int, batch: int, device: str) ->
     return shares, torch.cat(shown, 1)
 
 
-def as_text(shares: dict[str, Sequence[float]], frame: Spread) -> str:
+def as_text(shares: Mapping[str, Sequence[float]], frame: Spread) -> str:
     lines = [f"{'IoU with the drawn silhouettes':<32}{'mean':>8}{'10 % have less than':>22}"]
     for name, values in shares.items():
         ordered = torch.tensor(sorted(values))
