@@ -4,7 +4,9 @@
 
 The best time of the first step, then with it the best of the second, and so on: the first n of the times found serve n
 steps. They are written into the student's studio.json, since SCMScheduler's configuration has no place for them, and
-into the example of its model card. Judged on the solids world by prompts that no evaluation uses.
+into the example of its model card. Judged on the solids world
+by prompts of another seed than the evaluation's and without those kept back for it; the small tasks have so few captions
+that theirs recur.
 """
 
 import json
@@ -23,7 +25,7 @@ from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_
 from eval.reference import load_reference
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
-from models.scene.captions import prompts
+from models.scene.captions import EVALUATION, held_out, prompts
 from models.trigflow import TrigFlowView
 
 Metric = Callable[[Sequence[float]], float]
@@ -96,7 +98,9 @@ def solids_metric(student: Painter, options: Options) -> Metric:
     """Share of right pictures minus a thousandth of the distance, or minus the distance."""
     if options.metric not in ("score", "fd_solids"):
         raise UserError(f"--metric: '{options.metric}' is none of score, fd_solids")
-    asked = prompts(options.seed, options.num_images)
+    if options.seed == EVALUATION:
+        raise UserError(f"--seed: {EVALUATION} is the evaluation's own; choose another")
+    asked = prompts(options.seed, options.num_images, held_out())
     detector, features = SolidsDetector(device=options.device), SolidsFeatures(device=options.device)
     reference = load_reference(features.name).statistics
     base = (1 << 32) * options.seed
