@@ -4,9 +4,10 @@
 
 The best time of the first step, then with it the best of the second, and so on: the first n of the times found serve n
 steps. They are written into the student's studio.json, since SCMScheduler's configuration has no place for them, and
-into the example of its model card. Judged on the solids world
-by prompts of another seed than the evaluation's and without those kept back for it; the small tasks have so few captions
-that theirs recur.
+into the example of its model card.
+
+Judged on the solids world, by prompts of another seed than the evaluation's and without those kept back for it. The
+small tasks have so few captions that theirs recur.
 """
 
 import json
