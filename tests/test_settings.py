@@ -149,7 +149,7 @@ def test_overrides_are_read_as_yaml(base: Path):
 
 
 def test_a_bare_no_is_a_precision_and_not_a_false(base: Path):
-    config, _ = parse(["--config", str(base / "config.yaml"), "--train.mixed_precision", "no"])
+    config, _ = parse(["--config", str(base / "run.yaml"), "--train.mixed_precision", "no"])
     assert config.train.mixed_precision == "no"
 
 
