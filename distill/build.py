@@ -184,9 +184,19 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
     tokenizer = sana.new_tokenizer(captions.VOCABULARY, sizes.max_length)
     text_encoder = sana.new_text_encoder(len(tokenizer), sizes.text_width, sizes.text_depth, sizes.max_length)
     transformer = sana.new_transformer(channels, side, sizes.width, sizes.depth, sizes.text_width)
+    if sizes.start is not None:
+        other, its_spec = load(sizes.start)
+        if not isinstance(its_spec, SanaSpec):
+            raise UserError(f"method.sana.start: {sizes.start} is asked for classes, not for prompts")
+        try:
+            transformer.load_state_dict(cast(SanaNetwork, other.network).transformer.state_dict())
+            text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"method.sana.start: {sizes.start} has networks of other sizes") from error
+    network = sana.SanaNetwork(transformer, text_encoder)
     examples = tuple(m["prompt"] for m in captions.prompts(captions.EVALUATION, EXAMPLES))
     spec = SanaSpec(tokenizer, text_encoder, vae, (channels, side, side), 1.0, examples=examples, joint=True)
-    return Pretraining(settings, sana.denoiser(sana.SanaNetwork(transformer, text_encoder), 1.0)), spec
+    return Pretraining(settings, sana.denoiser(network, 1.0)), spec
 
 
 def _pretraining(

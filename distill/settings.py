@@ -211,6 +211,8 @@ class SanaSize(Schema):
     """Layers of the text encoder."""
     max_length: int = Field(default=16, gt=0)
     """Tokens of a prompt."""
+    start: Path | None = None
+    """Teacher of the same sizes and in the same latents whose weights to start from; null: new ones."""
 
 
 class Pretrain(Schema):

@@ -286,7 +286,11 @@ def denoiser(network: SanaNetwork, flow_shift: float) -> Denoiser:
 def new_transformer(
     latent_channels: int, side: int, width: int, depth: int, text_width: int, head_dim: int = 32
 ) -> SanaTransformer2DModel:
-    """One with random weights, with what sCM needs: QK norm and a dense time embedding (c = t, not 1000 t)."""
+    """One with random weights, with what sCM needs: QK norm and a dense time embedding (c = t, not 1000 t).
+
+    Its tokens are told where they are (sine and cosine), as Sana's are not: few blocks and no pretraining on other data
+    leave it to guess from the borders.
+    """
     heads = width // head_dim
     return SanaTransformer2DModel(
         in_channels=latent_channels,
@@ -300,6 +304,7 @@ def new_transformer(
         caption_channels=text_width,
         sample_size=side,
         patch_size=1,
+        interpolation_scale=1,
         qk_norm="rms_norm_across_heads",
         timestep_scale=0.001,
     )
