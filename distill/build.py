@@ -444,11 +444,6 @@ def _other_start(path: Path, teacher: Denoiser, spec: Spec | SanaSpec) -> Denois
     return denoiser.train()
 
 
-LATER_TIMES = (1.3, 1.1, 0.6)
-"""Times of a student's second to fourth step at sigma_data 0.5 (SANA-Sprint, Table 7), until eval.timesteps finds its
-own."""
-
-
 def _consistency(
     config: Config, settings: Consistency, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, base.Spec]:
@@ -472,7 +467,7 @@ def _consistency(
     last = view.process.t_max
     if isinstance(spec, SanaSpec):
         scales = sorted(settings.guidance)
-        times = (last, *(math.atan(0.5 * math.tan(t) / settings.sigma_data) for t in LATER_TIMES))
+        times = (last, *(math.atan(0.5 * math.tan(t) / settings.sigma_data) for t in sana.LATER_TIMES))
         own = replace(spec, times=times, sigma_data=settings.sigma_data, guidance=scales[len(scales) // 2])
     else:
         own = replace(spec, sigma_init=float(view.process.ratio(torch.tensor(last, dtype=torch.float64))))

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
 import yaml
@@ -72,11 +72,17 @@ class HFData(Schema):
     label_column: str | None = "label"
     """Column of class ids; null: all pictures are class 0."""
     caption_column: str | None = None
-    """Column of captions (webdataset: "txt"), for teachers that are asked for prompts; label_column is not read."""
+    """Column of captions (webdataset: "txt"), for teachers that are asked for prompts, in label_column's place."""
     size: int = Field(default=32, gt=0)
     """Side in pixels."""
     channels: Literal[1, 3] = 3
     """1 gray, 3 RGB."""
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if self.caption_column is not None and self.label_column not in (None, "label"):
+            raise ValueError("caption_column: pictures have captions or classes: leave out one of the two columns")
+        return self
 
 
 class SolidsData(Schema):

@@ -177,6 +177,8 @@ def test_wrong_columns_are_named(tmp_path: Path):
     config = Config.model_validate(settings(tmp_path, data=source | {"image_column": "jpg", "label_column": "cls"}))
     with pytest.raises(UserError, match="no column 'jpg'; it has"):
         build_stream(config, 0, 1)
+    with pytest.raises(ValueError, match="captions or classes"):
+        Config.model_validate(settings(tmp_path, data=source | {"caption_column": "txt", "label_column": "cls"}))
     missing = Config.model_validate(settings(tmp_path, data={"kind": "hf_dataset", "path": str(tmp_path / "nowhere")}))
     with pytest.raises(UserError, match="cannot be loaded"):
         build_stream(missing, 0, 1)

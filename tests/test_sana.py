@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill import embed
+from distill.build import build_method, build_stream
+from distill.settings import Config
 from eval import text_to_image
 from eval.latency import PARTS, as_text, measure
 from eval.text_to_image import painter
@@ -223,6 +226,28 @@ def test_a_pretrained_teacher_brings_its_text_encoder_and_autoencoder(solids: Pa
     assert not torch.allclose(first, second)
 
 
+def test_a_teacher_is_trained_further(solids: Path):
+    values = yaml.safe_load((solids / "teacher.yaml").read_text())
+
+    def built(**sizes: Any) -> SanaNetwork:
+        values["method"]["sana"] |= sizes
+        config = Config.model_validate(values)
+        stream, shape, names = build_stream(config, 0, 1)
+        network = build_method(config, shape, names, stream)[0].exported()
+        assert isinstance(network, SanaNetwork)
+        return network
+
+    _, spec, before = loaded(solids / "teacher" / "student")
+    after = built(start=str(solids / "teacher" / "student"))
+    assert after.text_encoder is not None
+    for mine, theirs in ((before.transformer, after.transformer), (spec.text_encoder, after.text_encoder)):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
+    with pytest.raises(UserError, match="other sizes"):
+        built(width=64)
+    with pytest.raises(UserError, match="for classes"):
+        built(start="embedded:fashion_mnist")
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_sprint_trains_and_exports(solids: Path, weight: float):
     ladd = {"taps": ["transformer.transformer_blocks.0", "transformer.transformer_blocks.1"], "width": 16}
@@ -259,6 +284,15 @@ def test_a_run_becomes_an_embedded_model(student: Path, tmp_path: Path, monkeypa
         embed.main(embed.Options(tmp_path, "small"))
     with pytest.raises(UserError, match="letters, digits"):
         embed.main(embed.Options(tmp_path / "run", "../small"))
+
+
+def test_another_programs_student_is_known_by_its_scheduler(student: Path, tmp_path: Path):
+    """A SANA-Sprint folder without studio.json serves the paper's step times."""
+    shutil.copytree(student, tmp_path / "stock")
+    (tmp_path / "stock" / "studio.json").unlink()
+    spec = loaded(tmp_path / "stock")[1]
+    assert spec.times == pytest.approx((math.pi / 2, 1.3, 1.1, 0.6), abs=1e-2) and spec.examples[0]
+    assert painter(tmp_path / "stock", 4)(PROMPTS, [0, 1]).shape[0] == 2
 
 
 def write_captioned_shard(folder: Path, rows: int = 12, size: int = 16) -> Path:
