@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from eval.features import extract, quantize
 from eval.frechet import frechet_distance
 from eval.geneval import Detection, Options, judge, summarize
-from eval.geneval.__main__ import judge_pictures, standard_error
+from eval.geneval.__main__ import judge_pictures
+from eval.geneval.folder import standard_error
 from eval.geneval.judge import COLOURS, cutout, iou, kept, relations
 from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of, components

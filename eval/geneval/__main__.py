@@ -1,13 +1,19 @@
-"""Score text-to-image students and their teacher on the solids world, whose pictures are known to the last pixel.
+"""GenEval: do pictures show what their prompts ask for?
 
     python -m eval.geneval --student runs/solids/sprint --steps 1 2 4 --teacher embedded:solids
+    python -m eval.geneval --images FOLDER --detector MASK2FORMER --output OUTPUT
+    python -m eval.geneval --student SANA_SPRINT --detector MASK2FORMER --output OUTPUT
 
-Prompts are in GenEval's six forms, some of them never trained on; the detector's own accuracy on true renders is the
-score's ceiling, and the Fréchet distance of as many true renders its floor; both are measured beside.
+The first scores on the solids world, whose pictures are known to the last pixel: prompts in GenEval's six forms, some
+of them never trained on; the detector's own accuracy on true renders is the score's ceiling, and the Fréchet distance
+of as many true renders its floor; both are measured beside. With --detector it is GenEval itself on photographs: the
+553 published prompts, Mask2Former (`python -m eval.geneval.mask2former` converts mmdet's checkpoint), CLIP's colours.
+Folders of pictures are judged one by one and resumed; `torchrun` or `accelerate launch` splits them over processes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +27,29 @@ from tqdm.auto import tqdm
 from eval.features import extract
 from eval.fid import environment
 from eval.frechet import frechet_distance
-from eval.geneval import judge, summarize
+from eval.geneval import coco, folder, judge
+from eval.geneval.coco_judge import CocoJudge
+from eval.geneval.folder import Paints, scores, standard_error
 from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
 from eval.reference import load_reference
-from eval.text_to_image import painter
+from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.scene.captions import EVALUATION, TASKS, Metadata, held_out, prompts
-
-Paints = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Options:
     """Do pictures show what their prompts ask for?"""
 
+    images: Path | None = None
+    """Pictures in GenEval's layout to judge, NNNNN/metadata.jsonl and NNNNN/samples/*.png, in the place of a model."""
+    detector: Path | None = None
+    """Mask2Former for GenEval's own prompts, in transformers' format; default: the solids world's detector."""
+    clip: str = "ViT-L-14-quickgelu:openai"
+    """CLIP for colours beside --detector: MODEL:WEIGHTS of open_clip, or a folder with open_clip_config.json."""
+    each: int = 4
+    """Pictures of each of GenEval's prompts."""
     student: Path | None = None
     """A run folder, or an exported student."""
     teacher: str | None = None
@@ -69,12 +83,6 @@ class Result:
     pictures: Tensor
 
 
-def standard_error(correct: Sequence[bool]) -> float:
-    """Of a share, by the Wilson interval's half width at one sigma: not 0 when all are right."""
-    n, share = len(correct), sum(correct) / len(correct)
-    return (share * (1 - share) / n + 1 / (4 * n * n)) ** 0.5 / (1 + 1 / n)
-
-
 def judge_pictures(
     name: str, batches: Iterator[tuple[Sequence[Metadata], Tensor]], detector: SolidsDetector, features: SolidsFeatures
 ) -> Result:
@@ -88,16 +96,13 @@ def judge_pictures(
             record = {"index": len(records), "tag": wanted["tag"], "prompt": wanted["prompt"], "correct": correct}
             records.append(record | {"reason": reason, "found": seen})
         pictures.append(images)
-    summary = summarize(records)
-    errors = {t: standard_error([r["correct"] for r in records if r["tag"] == t]) for t in summary["tasks"]}
-    total = sum(error * error for error in errors.values()) ** 0.5 / len(errors)
     unseen = [r["correct"] for r in records if r["prompt"] in held_out()]
     made = torch.cat(pictures)
     fd = frechet_distance(extract(features, made.split(250)), load_reference(features.name).statistics)
-    scores = summary | {"errors": errors, "error": total, "fd_solids": fd}
+    found = scores(records) | {"fd_solids": fd}
     if unseen:
-        scores |= {"unseen_prompts": sum(unseen) / len(unseen), "unseen_error": standard_error(unseen)}
-    return Result(name, scores, records, made)
+        found |= {"unseen_prompts": sum(unseen) / len(unseen), "unseen_error": standard_error(unseen)}
+    return Result(name, found, records, made)
 
 
 def batches(paint: Paints, asked: Sequence[Metadata], seed: int, batch: int, name: str) -> Iterator[Any]:
@@ -113,57 +118,102 @@ def grid(results: Sequence[Result], columns: int = 12) -> Image.Image:
     return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
 
 
-def as_text(results: Sequence[Result]) -> str:
-    """A table: score, image distance, and the six tasks, in per cent."""
+def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of scores by sampler: mean, image distance, and the six tasks, in per cent."""
     lines = [f"{'':<24}{'score':>13}{'unseen':>8}{'fd_solids':>11}" + "".join(f"{t:>15}" for t in TASKS)]
-    for result in results:
-        s = result.scores
+    for name, s in results.items():
         share = f"{100 * s['score']:.1f} ± {100 * s['error']:.1f}"
         tasks = "".join(f"{100 * s['tasks'].get(t, float('nan')):>15.1f}" for t in TASKS)
         unseen = f"{100 * s['unseen_prompts']:.1f}" if "unseen_prompts" in s else "-"
-        lines.append(f"{result.name:<24}{share:>13}{unseen:>8}{s['fd_solids']:>11.3f}{tasks}")
+        distance = f"{s['fd_solids']:.3f}" if "fd_solids" in s else "-"
+        lines.append(f"{name:<24}{share:>13}{unseen:>8}{distance:>11}{tasks}")
     return "\n".join(lines)
 
 
+def painters(options: Options) -> dict[str, Painter]:
+    """The teacher in every number of steps, then the student, by name."""
+    found: dict[str, Painter] = {}
+    if options.teacher is not None:
+        for steps in options.teacher_steps:
+            made = painter(options.teacher, steps, options.teacher_guidance, options.device)
+            found[made.name] = made
+    if options.student is not None:
+        for steps in options.steps:
+            made = painter(options.student, steps, options.guidance, options.device)
+            found[made.name] = made
+    return found
+
+
 def evaluate(options: Options) -> list[Result]:
-    """True renders first, then every sampler on the same prompts and noise."""
+    """On the solids world: true renders first, then every sampler on the same prompts and noise."""
     if options.num_images < len(TASKS):
         raise UserError(
             f"--num-images: {options.num_images} is too few: give at least one for each of {len(TASKS)} tasks"
         )
     asked = prompts(EVALUATION, options.num_images)
     detector, features = SolidsDetector(device=options.device), SolidsFeatures(device=options.device)
-    paints: dict[str, Paints] = {}
-    if options.teacher is not None:
-        for steps in options.teacher_steps:
-            made = painter(options.teacher, steps, options.teacher_guidance, options.device)
-            paints[made.name] = made
-    if options.student is not None:
-        for steps in options.steps:
-            made = painter(options.student, steps, options.guidance, options.device)
-            paints[made.name] = made
     first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0])
     results = [
         judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), detector, features)
     ]
-    for name, paint in paints.items():
+    for name, paint in painters(options).items():
         made = batches(paint, asked, options.seed, options.batch, name)
         results.append(judge_pictures(name, made, detector, features))
     return results
 
 
+def file_name(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
+
+
+def write(report: Mapping[str, Any], output: Path) -> None:
+    """geneval.json, whole or not at all."""
+    temporary = output / f"geneval.{os.getpid()}.partial"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(output / "geneval.json")
+
+
+def judge_folders(options: Options, output: Path) -> None:
+    """GenEval on folders of pictures, painted first if a model is named; the process that ends last sums up."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    by: folder.Judge
+    by = CocoJudge(options.detector, options.clip, options.device) if options.detector else SolidsDetector()
+    asked = coco.metadata()
+    folders = {"pictures": options.images} if options.images else {}
+    for name, paints in painters(options).items():
+        folders[name] = output / file_name(name) / "images"
+        folder.paint(paints, asked, folders[name], options.each, options.seed, rank, world)
+    found: dict[str, dict[str, Any]] = {}
+    for name, pictures in folders.items():
+        own = output if options.images else output / file_name(name)
+        records = folder.judge_folder(pictures, by, own, rank, world)
+        done, count = len(folder.read_records(own)), len(folder.pictures(pictures))
+        if done < count or (not options.images and count < options.each * len(asked)):
+            print(f"{name}: {done} of {count} pictures are judged: the other processes, or the same command, go on")
+            return
+        found[name] = folder.scores(records if len(records) == count else folder.read_records(own).values())
+    write({"name": by.name, "protocol": by.protocol, "device": options.device, "scores": found}, output)
+    print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}")
+
+
 def main(options: Options) -> None:
-    if options.student is None and options.teacher is None:
-        raise UserError("--student: missing; name a student, a teacher or both")
-    folder = options.output or (options.student / "geneval" if options.student else Path("report/geneval"))
+    if options.images is not None and (options.student or options.teacher):
+        raise UserError("--images: pictures are judged as they are: leave out --student and --teacher")
+    if options.images is None and options.student is None and options.teacher is None:
+        raise UserError("--student: missing; name a student, a teacher, both, or --images")
+    home = options.student if options.student is not None else options.images and options.images.parent
+    output = options.output or (home / "geneval" if home else Path("report/geneval"))
+    if options.images is not None or options.detector is not None:
+        judge_folders(options, output)
+        return
     results = evaluate(options)
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     for result in results:
-        name = result.name.replace(", ", "_").replace(" ", "_")
         lines = "".join(json.dumps(record) + "\n" for record in result.records)
-        (folder / f"{name}.jsonl").write_text(lines)
-    grid(results).save(folder / "grid.png")
+        (output / f"{file_name(result.name)}.jsonl").write_text(lines)
+    grid(results).save(output / "grid.png")
     report = {
+        "name": SolidsDetector.name,
         "protocol": {
             "prompts": f"captions.prompts({EVALUATION}, {options.num_images})",
             "seeds": f"{options.seed} .. {options.seed + options.num_images - 1}",
@@ -176,9 +226,9 @@ def main(options: Options) -> None:
         "environment": environment(torch.device(options.device)),
         "scores": {result.name: result.scores for result in results},
     }
-    (folder / "geneval.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(as_text(results))
-    print(f"by picture, with reasons: {folder}")
+    write(report, output)
+    print(as_text(report["scores"]))
+    print(f"by picture, with reasons: {output}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A small network names the shape and the colour of every pixel; pixels that touch
 never touch. ``python -m distill.detector`` trained it on true renders, where the answers are known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -113,13 +113,18 @@ def _load(weights: Path, device: torch.device | str) -> tuple[SolidsNetwork, str
 
 
 class SolidsDetector:
-    """``detector(images)`` finds the solids in uint8 pictures."""
+    """``detector(images)`` finds the solids in uint8 pictures, and knows their colours."""
 
-    name = "solids"
+    name, options = "geneval-solids", OPTIONS
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
         self.device = device
         self.network, self.sha256 = _load(weights, device)
+        self.protocol = {"judge": self.name, "detector_sha256": self.sha256}
+
+    def colour_of(self, image: Tensor) -> Callable[[Detection], str]:
+        """Names the colour of a solid that it found itself."""
+        return colour_of
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[list[Solid]]:
