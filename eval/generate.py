@@ -59,7 +59,9 @@ class Generated:
         seed: int,
         device: torch.device | str,
         description: str | None,
+        to_uint8: Callable[[Tensor], Tensor] = quantize,
     ):
+        self.to_uint8 = to_uint8
         self.sample, self.indices, self.shape, self.num_classes = sample, indices, shape, num_classes
         self.batch, self.seed, self.device, self.description = batch, seed, device, description
 
@@ -76,7 +78,7 @@ class Generated:
         if not bool(x0.isfinite().all()):
             name = f"{self.sample.name}: " if isinstance(self.sample, Sampler) else ""
             raise UserError(f"{name}some pictures are not finite: the weights are damaged, or the training diverged")
-        return quantize(x0).cpu()
+        return self.to_uint8(x0).cpu()
 
     def __iter__(self) -> Iterator[Tensor]:
         starts = range(0, len(self.indices), self.batch)
@@ -96,6 +98,7 @@ def images(
     world: int = 1,
     device: torch.device | str = "cpu",
     description: str | None = None,
+    to_uint8: Callable[[Tensor], Tensor] = quantize,
 ) -> Generated:
     """n pictures (C, H, W) = ``shape``: picture i has noise from seed ``seed + i`` and class ``i % num_classes``.
 
@@ -104,4 +107,4 @@ def images(
     """
     if min(n, batch, num_classes, world) < 1 or not 0 <= rank < world:
         raise ValueError(f"need positive sizes: n {n}, batch {batch}, classes {num_classes}, rank {rank} of {world}")
-    return Generated(sample, range(rank, n, world), shape, num_classes, batch, seed, device, description)
+    return Generated(sample, range(rank, n, world), shape, num_classes, batch, seed, device, description, to_uint8)

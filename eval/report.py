@@ -155,15 +155,44 @@ def charts(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
 # ------------------------------------------------------------------------------------------------------- pages
 
 
+def decimals(value: float | None, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def rates_of(result: dict[str, Any]) -> dict[str, float]:
+    """Pictures per second by sampler; empty where none was timed."""
+    return result["speed"]["images_per_second"] if result["speed"] else {}
+
+
 def as_text(result: dict[str, Any]) -> str:
     """The scores as a table for a terminal."""
     lines = [f"{result['protocol']['extractor']}, {result['protocol']['images']} pictures"]
-    lines.append(f"{'':<24}{'calls':>6}{'FD':>10}{'floor':>8}{'KID x 1e3':>18}{'pictures/s':>12}")
-    rates = result["speed"]["images_per_second"]
+    columns = {
+        "calls": 6,
+        "FD": 10,
+        "floor": 8,
+        "KID x 1e3": 18,
+        "precision": 11,
+        "recall": 8,
+        "IS": 8,
+        "pictures/s": 12,
+    }
+    lines.append(f"{'':<30}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
+    rates = rates_of(result)
     for row in result["scores"]:
-        kid = f"{1e3 * row['kid']:.2f} ± {1e3 * row['kid_std']:.2f}"
-        numbers = f"{row['nfe']:>6}{row['fd']:>10.3f}{row['floor']:>8.3f}{kid:>18}{rates[row['sampler']]:>12.1f}"
-        lines.append(f"{row['sampler']:<24}{numbers}  {row['source']}")
+        kid = "-" if row["kid"] is None else f"{1e3 * row['kid']:.2f} ± {1e3 * row['kid_std']:.2f}"
+        shown = [
+            row["nfe"] or "-",
+            decimals(row["fd"], 3),
+            decimals(row["floor"], 3),
+            kid,
+            decimals(row["precision"], 3),
+        ]
+        shown += [decimals(row[name], 3) for name in ("recall", "inception_score")]
+        shown += [decimals(rates.get(row["sampler"]), 1)]
+        cells = "".join(f"{value:>{width}}" for value, width in zip(shown, columns.values(), strict=True))
+        lines.append(f"{row['sampler']:<30}{cells}  {row['source']}")
     return "\n".join([*lines, *(f"warning: {caution}" for caution in result["cautions"])])
 
 
@@ -181,7 +210,8 @@ def write(result: dict[str, Any], folder: Path, run: Path) -> Path:
     page = environment.get_template("report.html").render(
         **result,
         name=run.resolve().name,
-        rates=result["speed"]["images_per_second"],
+        rates=rates_of(result),
+        decimals=decimals,
         grid=base64.b64encode(grid.read_bytes()).decode() if grid.is_file() else None,
         charts=charts(read_metrics(run / "metrics.jsonl")),
         config=config.read_text() if config.is_file() else None,

@@ -280,7 +280,7 @@ def test_command_line_scores_a_run_and_writes_a_report(run: Path, capsys: pytest
     assert not re.search(r"https?://|//cdn|@import|<script|<link", page)
     assert "&lt;b&gt;&amp;&lt;/b&gt;" in page and (run / "report" / "grid.png").is_file()
 
-    fid.main(fid.Options(run, 40, teacher_steps=3, batch=16))
+    fid.main(fid.Options(run, num_images=40, teacher_steps=3, batch=16))
     assert "read from" in capsys.readouterr().out
     second = json.loads((run / "report" / "report.json").read_text())
     assert [row["source"].split()[0] for row in second["scores"]] == ["measured", "read", "read"]

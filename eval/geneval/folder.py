@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval.geneval.judge import Detection, Options, judge, summarize
+from eval.pictures import read_picture
 from models.errors import UserError
 from models.scene.captions import Metadata
 
@@ -108,14 +107,6 @@ def pictures(folder: Path) -> list[Picture]:
 
 
 # -------------------------------------------------------------------------------------------------------- judging
-
-
-def read_picture(path: Path) -> Tensor:
-    """uint8 (3, H, W)."""
-    try:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def verdict(image: Tensor, found: Sequence[Detection], wanted: Mapping[str, Any], by: Judge) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.features import REFERENCES, ExtractorName, file_digest
+from eval.features import REFERENCES, file_digest
 from eval.geneval.judge import Detection, Options
 from models.errors import UserError
 from models.scene.captions import COLOURS, SHAPES
@@ -152,7 +152,7 @@ class SolidsDetector:
 class SolidsFeatures:
     """The detector's features of whole pictures, for distances between sets of them."""
 
-    name: ExtractorName = "fd_solids"
+    name = "fd_solids"
     dim, resize, shape = 96, "none", (3, 64, 64)
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
