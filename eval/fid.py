@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from distill.data import Pictures
 from eval import report as reports
 from eval.features import (
     QUANTISATION,
@@ -41,10 +42,11 @@ from eval.features import (
     quantize,
     truncate,
 )
-from eval.frechet import frechet_distance
+from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images
 from eval.inception import Inception
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
+from eval.nearest import LOOKED_AT, nearest
 from eval.pictures import batches, picture_files
 from eval.protocols import INCEPTION, ProtocolName
 from eval.reference import Floor, Reference, load_reference, open_reference
@@ -57,6 +59,8 @@ from models.student import OneStepStudent
 from models.teachers import embedded
 
 MIN_IMAGES = 10
+RESAMPLED = 256
+"""Dimensions up to which a Fréchet distance is cheap enough to be resampled."""
 TRUSTED_IMAGES = 4000
 
 
@@ -93,6 +97,10 @@ class Options:
     """Default: cuda if there is one, else cpu."""
     remeasure_teacher: bool = False
     """Measure the teacher now even if its scores.json has this protocol."""
+    curve: tuple[int, ...] = ()
+    """More numbers of Heun steps of the teacher, for the curve of distance over network calls."""
+    nearest: int | None = None
+    """Training pictures to look for copies among; 0: none. Default: 10,000 with an embedded protocol, else 0."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ class Score:
     inception_score: float | None = None
     inception_score_std: float | None = None
     runs: list[float] | None = None
+    fd_spread: float | None = None
+    """Standard deviation over bootstrap resamples of the pictures, for networks of few dimensions."""
 
 
 # ----------------------------------------------------------------------------------------------------- folders
@@ -247,6 +257,7 @@ def measured(
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         inception_score=inception[0],
         inception_score_std=inception[1],
+        fd_spread=frechet_spread(features, reference.statistics) if features.shape[1] <= RESAMPLED else None,
         **around,
     )
 
@@ -442,6 +453,9 @@ def evaluate(
     weights: Path | None = None,
     reference_path: Path | None = None,
     best_of: int = 1,
+    curve: tuple[int, ...] = (),
+    training: Pictures | None = None,
+    among: int = 10000,
     teacher_steps: int = 18,
     seed: int = 0,
     batch: int = 250,
@@ -455,7 +469,8 @@ def evaluate(
     ``teacher`` is a folder (``models.teachers.resolve`` turns embedded:NAME into one), or None for none. ``name`` is
     the protocol; other than the embedded ones need ``weights`` and ``reference_path``. Returns what report.json holds:
     protocol, provenance, cautions, scores (each with its floor), speed (None unless ``timed``). With ``grid`` the
-    pictures of both on the same noise are saved there. UserError for n below 10 and folders that do not fit.
+    pictures of both on the same noise are saved there. Among ``training`` pictures the nearest to the student's are
+    looked for. UserError for n below 10 and folders that do not fit.
     """
     if n < MIN_IMAGES:
         raise UserError(f"num_images: {n} is too few for a distance: give at least {MIN_IMAGES}, better 4000")
@@ -480,7 +495,8 @@ def evaluate(
         digest = weights_digest(teacher)
         provenance |= {"teacher": str(teacher), "teacher_weights_sha256": digest}
         cache = TeacherScores(teacher, digest)
-        sources += [(Sampler.teacher(teacher_denoiser, s), cache) for s in sorted({teacher_steps, 1}, reverse=True)]
+        steps = sorted({teacher_steps, 1, *curve}, key=lambda s: (s != teacher_steps, -s))
+        sources += [(Sampler.teacher(teacher_denoiser, s), cache) for s in steps]
     provenance |= environment(place) | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
 
     rows = []
@@ -497,6 +513,14 @@ def evaluate(
         pictures = reports.picture_grid(samplers[:2], spec, seed, place)
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures).save(grid)
+    copies = None
+    if training is not None and among:
+        shape = (spec.channels, spec.size, spec.size)
+        mine = torch.cat(list(images(one_step, min(n, LOOKED_AT), shape, spec.num_classes, batch, seed, device=place)))
+        found = nearest(mine, training, judge, among)
+        copies = {"closer": found.closer, "among": found.among}
+        if grid is not None and share()[0] == 0:
+            Image.fromarray(reports.pairs_grid(found.pairs)).save(grid.with_name("nearest.png"))
     timing = speed(samplers, spec, min(batch, 100), place) if timed else None
     if timing and best_of > 1:
         timing["images_per_second"][rows[0]["sampler"]] = timing["images_per_second"][one_step.name]
@@ -506,6 +530,7 @@ def evaluate(
         "cautions": cautions(n, judge.dim, judge.name, name),
         "scores": rows,
         "speed": timing,
+        "nearest": copies,
         "class_names": spec.class_names,
     }
 
@@ -541,8 +566,25 @@ def evaluate_pictures(
         "cautions": cautions(len(files), judge.dim, judge.name, name),
         "scores": [row(value, reference.floor(len(files)), "measured now")],
         "speed": None,
+        "nearest": None,
         "class_names": [],
     }
+
+
+def training_pictures(run: Path) -> Pictures | None:
+    """What a run was trained on, if it can still be read one by one."""
+    from distill.build import build_stream  # what it takes to train is slow to import
+    from distill.data import ShuffledStream
+    from distill.settings import read_config
+
+    try:
+        config = read_config(run / "config.yaml")
+        if getattr(config.data, "streaming", False):
+            return None
+        stream, _, _ = build_stream(config, 0, 1)
+    except UserError:
+        return None
+    return stream.pictures if isinstance(stream, ShuffledStream) else None
 
 
 def main(options: Options) -> None:
@@ -569,6 +611,9 @@ def main(options: Options) -> None:
             weights=options.weights,
             reference_path=options.reference,
             best_of=options.best_of,
+            curve=options.curve,
+            training=training_pictures(options.student),
+            among=options.nearest if options.nearest is not None else 0 if options.protocol in INCEPTION else 10000,
             teacher_steps=options.teacher_steps,
             seed=options.seed,
             batch=options.batch,

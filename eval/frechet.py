@@ -133,6 +133,14 @@ def _root_trace(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum())
 
 
+def frechet_spread(features: Features, other: Statistics, resamples: int = 30, seed: int = 0) -> float:
+    """Standard deviation of the Fréchet distance of ``features`` (n, d) over bootstrap resamples of its pictures."""
+    rows, generator = as_features(features), torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(rows), (len(rows),), generator=generator) for _ in range(resamples))
+    values = torch.tensor([frechet_distance(Statistics.of(rows[draw]), other) for draw in draws])
+    return float(values.std())
+
+
 def frechet_distance(a: Features | Statistics, b: Features | Statistics) -> float:
     """The Fréchet distance of two sets, each features (n, d) or their Statistics; never negative.
 

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,17 @@ def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.d
     return np.asarray(canvas)
 
 
+def pairs_grid(pairs: Tensor) -> NDArray[np.uint8]:
+    """RGB (H, W, 3) of uint8 pairs (n, 2, C, H, W): the first ones in a row, the second ones below them."""
+    rows = [np.concatenate(list(_pixels(pairs[:, which], 64)), 1) for which in range(2)]
+    return np.concatenate([rows[0], np.full((4, *rows[0].shape[1:]), 255, np.uint8), rows[1]])
+
+
+def embedded_png(path: Path) -> str | None:
+    """A picture as text for a page; None if it is not there."""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+
+
 # ------------------------------------------------------------------------------------------------------ curves
 
 
@@ -100,7 +112,13 @@ def _thinned(points: list[tuple[float, float]]) -> NDArray[np.float64]:
     return np.stack([part.mean(0) for part in np.array_split(array, CURVE_POINTS)])
 
 
-def draw_chart(title: str, series: dict[str, list[tuple[float, float]]], unit: str, log_scale: bool = False) -> Chart:
+def draw_chart(
+    title: str,
+    series: dict[str, list[tuple[float, float]]],
+    unit: str,
+    log_scale: bool = False,
+    over: str = "student step",
+) -> Chart:
     """Lines over student steps as an SVG that takes its text colour from the page."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -114,7 +132,11 @@ def draw_chart(title: str, series: dict[str, list[tuple[float, float]]], unit: s
         for (name, points), colour in zip(series.items(), colours * len(series), strict=False):
             xy = _thinned(points)
             axes.plot(xy[:, 0], xy[:, 1], label=name, color=colour, linewidth=1.6, marker="o" if len(xy) < 30 else None)
-        axes.set_xlabel("student step", color=ink)
+        axes.set_xlabel(over, color=ink)
+        if over != "student step":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.set_ylabel(unit, color=ink)
         if log_scale and all(y > 0 for points in series.values() for _, y in points):
             axes.set_yscale("log")
@@ -135,7 +157,7 @@ def draw_chart(title: str, series: dict[str, list[tuple[float, float]]], unit: s
     prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'((?:id="|href="#|url\(#))', rf"\1{prefix}-", svg)
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2)
-    last = "; ".join(f"{name}: {points[-1][1]:.4g} at step {points[-1][0]:.0f}" for name, points in series.items())
+    last = "; ".join(f"{name}: {points[-1][1]:.4g} at {over} {points[-1][0]:.0f}" for name, points in series.items())
     label = f"{title}. Last values: {last}"
     return Chart(title, label, svg.replace("<svg", '<svg role="img" aria-hidden="true" focusable="false"', 1))
 
@@ -150,6 +172,16 @@ def charts(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
     if losses:
         drawn.append(draw_chart("Losses", losses, "loss", log_scale=True))
     return drawn
+
+
+def curve_of(scores: list[dict[str, Any]]) -> Chart | None:
+    """Distance over network calls of a generator's different numbers of steps; None with fewer than three of them."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(scores, key=lambda row: row["nfe"]):
+        series.setdefault(row["sampler"].split(",")[0], []).append((row["nfe"], row["fd"]))
+    if max(map(len, series.values())) < 3:
+        return None
+    return draw_chart("Distance over network calls", series, "distance", log_scale=True, over="network calls")
 
 
 # ------------------------------------------------------------------------------------------------------- pages
@@ -196,6 +228,12 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {caution}" for caution in result["cautions"])])
 
 
+def pages() -> jinja2.Environment:
+    """The templates, everything in them escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
 def write(result: dict[str, Any], folder: Path, run: Path) -> Path:
     """Write report.json and report.html into ``folder``; returns the page.
 
@@ -204,19 +242,69 @@ def write(result: dict[str, Any], folder: Path, run: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    grid, config = folder / "grid.png", run / "config.yaml"
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.get_template("report.html").render(
-        **result,
-        name=run.resolve().name,
-        rates=rates_of(result),
-        decimals=decimals,
-        grid=base64.b64encode(grid.read_bytes()).decode() if grid.is_file() else None,
-        charts=charts(read_metrics(run / "metrics.jsonl")),
-        config=config.read_text() if config.is_file() else None,
+    config, curve = run / "config.yaml", curve_of(result["scores"])
+    page = (
+        pages()
+        .get_template("report.html")
+        .render(
+            **result,
+            name=run.resolve().name,
+            rates=rates_of(result),
+            decimals=decimals,
+            grid=embedded_png(folder / "grid.png"),
+            nearest_grid=embedded_png(folder / "nearest.png"),
+            curve=curve,
+            charts=charts(read_metrics(run / "metrics.jsonl")),
+            config=config.read_text() if config.is_file() else None,
+        )
     )
     target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+FAILURES_PER_TASK = 4
+
+
+def failures(records: Sequence[Mapping[str, Any]], picture_of: Callable[[int], Image.Image]) -> list[dict[str, str]]:
+    """The first wrong pictures of each task, at most 128 pixels wide, with prompt and reason."""
+    found, counts = [], dict.fromkeys((record["tag"] for record in records), 0)
+    for index, record in enumerate(records):
+        if record["correct"] or counts[record["tag"]] == FAILURES_PER_TASK:
+            continue
+        counts[record["tag"]] += 1
+        picture, buffer = picture_of(index).convert("RGB"), io.BytesIO()
+        picture.thumbnail((128, 128))
+        picture.save(buffer, "PNG")
+        png = base64.b64encode(buffer.getvalue()).decode()
+        found.append({"png": png, "prompt": record["prompt"], "reason": record["reason"], "task": record["tag"]})
+    return sorted(found, key=lambda failure: list(counts).index(failure["task"]))
+
+
+def write_geneval(
+    report: Mapping[str, Any], folder: Path, failing: str, failed: list[dict[str, str]], prompts: Sequence[str]
+) -> Path:
+    """geneval.html of what geneval.json holds, with grid.png if it is there; returns the page."""
+    rows = report["scores"].values()
+    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
+    page = (
+        pages()
+        .get_template("geneval.html")
+        .render(
+            name=report["name"],
+            protocol=report["protocol"],
+            provenance={k: v for k, v in report.items() if k not in ("name", "protocol", "scores")},
+            scores=report["scores"],
+            tasks=tasks,
+            distances=any("fd_solids" in row for row in rows),
+            decimals=decimals,
+            grid=embedded_png(folder / "grid.png"),
+            prompts=prompts,
+            failing=failing,
+            failures=failed,
+        )
+    )
+    target = folder / "geneval.html"
     target.write_text(page, encoding="utf-8")
     return target
 
@@ -233,7 +321,7 @@ def main(options: Options) -> None:
     """Read report/report.json of the run and write report/report.html."""
     source = options.run / "report" / "report.json"
     try:
-        result = json.loads(source.read_text())
+        result = {"nearest": None} | json.loads(source.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read: score the run first with `python -m eval.fid --student`") from error
     print(f"report: {write(result, source.parent, options.run)}")

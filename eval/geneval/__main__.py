@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from eval import report as reports
 from eval.features import extract
 from eval.fid import environment
 from eval.frechet import frechet_distance
@@ -112,7 +113,10 @@ def batches(paint: Paints, asked: Sequence[Metadata], seed: int, batch: int, nam
         yield part, paint([m["prompt"] for m in part], range(seed + first, seed + first + len(part)))
 
 
-def grid(results: Sequence[Result], columns: int = 12) -> Image.Image:
+COLUMNS = 12
+
+
+def grid(results: Sequence[Result], columns: int = COLUMNS) -> Image.Image:
     """A row of pictures for each result, the same prompts in each."""
     rows = [torch.cat(list(result.pictures[:columns]), 2) for result in results]
     return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
@@ -192,8 +196,17 @@ def judge_folders(options: Options, output: Path) -> None:
             print(f"{name}: {done} of {count} pictures are judged: the other processes, or the same command, go on")
             return
         found[name] = folder.scores(records if len(records) == count else folder.read_records(own).values())
-    write({"name": by.name, "protocol": by.protocol, "device": options.device, "scores": found}, output)
-    print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}")
+    report = {"name": by.name, "protocol": by.protocol, "scores": found}
+    report |= {"environment": environment(torch.device(options.device))}
+    write(report, output)
+    name, pictures = list(folders.items())[-1]
+    every, known = (
+        folder.pictures(pictures),
+        folder.read_records(output if options.images else output / file_name(name)),
+    )
+    wrong = reports.failures([known[p.name] for p in every], lambda index: Image.open(every[index].path))
+    page = reports.write_geneval(report, output, name, wrong, [])
+    print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}\nreport: {page}")
 
 
 def main(options: Options) -> None:
@@ -228,7 +241,10 @@ def main(options: Options) -> None:
     }
     write(report, output)
     print(as_text(report["scores"]))
-    print(f"by picture, with reasons: {output}")
+    last = results[-1]
+    wrong = reports.failures(last.records, lambda i: Image.fromarray(last.pictures[i].permute(1, 2, 0).numpy()))
+    page = reports.write_geneval(report, output, last.name, wrong, [r["prompt"] for r in last.records[:COLUMNS]])
+    print(f"by picture, with reasons: {output}\nreport: {page}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Has a generator learned pictures by heart? Its pictures beside the training pictures nearest to them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.data import Pictures
+from eval.features import Extractor, extract, quantize
+
+LOOKED_AT = 500
+"""Generated pictures, and training pictures, whose nearest neighbour is asked for."""
+QUANTILE = 0.01
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """``pairs`` (n, 2, C, H, W) uint8: generated pictures and their nearest training pictures.
+
+    closer:  share of generated pictures nearer to a training picture than 99 of 100 training pictures are to their own
+             nearest; about 0.01 for pictures that are neither copies nor far off
+    among:   number of training pictures
+    """
+
+    pairs: Tensor
+    closer: float
+    among: int
+
+
+def nearest(
+    generated: Tensor, real: Pictures, extractor: Extractor, among: int = 10000, shown: int = 10, seed: int = 0
+) -> Nearest:
+    """For uint8 pictures (n, C, H, W), in the extractor's features, among ``among`` random training pictures."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:among].tolist()
+    known = extract(extractor, (quantize(real.get(order[i : i + 250]).images) for i in range(0, len(order), 250)))
+    own = extract(extractor, generated[:LOOKED_AT].split(250))
+    found = torch.cdist(own, known).min(1)
+    usual = torch.cdist(known[:LOOKED_AT], known).topk(2, largest=False).values[:, 1]
+    close = float((found.values < usual.quantile(QUANTILE)).float().mean())
+    beside = quantize(real.get([order[i] for i in found.indices[:shown].tolist()]).images)
+    return Nearest(torch.stack([generated[: len(beside)], beside], 1), close, len(order))
