@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from distill import checkpoint, rows
 from distill.consistency_losses import nu_floor
@@ -193,6 +195,14 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
             text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
         except RuntimeError as error:
             raise UserError(f"method.sana.start: {sizes.start} has networks of other sizes") from error
+    if sizes.text_encoder is not None:
+        weights = sizes.text_encoder / "text_encoder" / "model.safetensors"
+        try:
+            text_encoder.load_state_dict(load_file(weights))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"method.sana.text_encoder: {weights} is missing or of other sizes: `python -m distill.text_encoder`"
+            ) from error
     network = sana.SanaNetwork(transformer, text_encoder)
     examples = tuple(m["prompt"] for m in captions.prompts(captions.EVALUATION, EXAMPLES))
     spec = SanaSpec(tokenizer, text_encoder, vae, (channels, side, side), 1.0, examples=examples, joint=True)
