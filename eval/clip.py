@@ -1,16 +1,26 @@
-"""CLIP through open_clip: normalised embeddings of texts and pictures, with the activation that its weights ask for."""
+"""CLIP through open_clip: unit embeddings of texts and pictures, and the CLIP score of a folder that eval.paint made.
+
+    python -m eval.clip pictures ViT-g-14:laion2b_s12b_b42k
+
+The score is the mean cosine of a picture and its prompt, 0 to 1, as DMD2 and f-distill report it, by whatever CLIP they
+say they use; torchmetrics' CLIPScore is 100 times as large and never below 0.
+"""
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import trange
 
-from models.errors import UserError
+from models.errors import UserError, run_command
 
 
 class CLIP:
@@ -67,3 +77,47 @@ class CLIP:
         """Unit embeddings (B, d) float32 on the CPU, of pictures of any size."""
         batch = torch.stack([self.prepare(picture.convert("RGB")) for picture in pictures]).to(self.device)
         return F.normalize(self.network.encode_image(batch).float(), dim=1).cpu()
+
+
+def clip_scores(clip: CLIP, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """Cosines (n,) of pictures with their own prompts."""
+    return (clip.pictures(pictures) * clip.texts(prompts)).sum(1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """CLIP score of pictures in GenEval's layout."""
+
+    images: tyro.conf.Positional[Path]
+    """Folder of `python -m eval.paint`, or in GenEval's layout."""
+    clip: tyro.conf.Positional[str]
+    """MODEL:WEIGHTS of open_clip, or a folder with open_clip_config.json."""
+    prefix: str = ""
+    """Words put before every prompt: "A photo depicts " in DMD2's evaluation."""
+    batch: int = 50
+    output: Path | None = None
+    """JSON file for the result."""
+    device: str = "cpu"
+
+
+def main(options: Options) -> None:
+    """Print the mean with its standard error."""
+    from eval.geneval.folder import pictures as pictures_in  # which needs this module
+
+    clip, every = CLIP(options.clip, options.device), pictures_in(options.images)
+    values = []
+    for start in trange(0, len(every), options.batch, desc="CLIP score", unit="batch"):
+        part = every[start : start + options.batch]
+        opened = [Image.open(picture.path) for picture in part]
+        values.append(clip_scores(clip, opened, [options.prefix + picture.metadata["prompt"] for picture in part]))
+    found = torch.cat(values).double()
+    error = float(found.std() / len(found) ** 0.5) if len(found) > 1 else float("nan")
+    result = {"clip": clip.name, "clip_sha256": clip.sha256, "prefix": options.prefix, "pictures": len(found)}
+    result |= {"clip_score": float(found.mean()), "error": error}
+    print(f"CLIP score by {clip.name}: {result['clip_score']:.4f} ± {error:.4f} over {len(found)} pictures")
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Options)))

@@ -4,7 +4,7 @@ python -m eval.text_to_image embedded:solids_sprint "a photo of a red cube" --st
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -40,6 +40,7 @@ class Painter:
     steps: int
     guidance: float
     times: tuple[float, ...] | None = None
+    to_uint8: Callable[[Tensor], Tensor] = quantize
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ class Painter:
         pictures = self.spec.decode(self.latents(self.embed(prompts, lines), Draws(seeds, self.spec.vae.device)))
         if not bool(pictures.isfinite().all()):
             raise UserError(f"{self.name}: some pictures are not finite: damaged weights, or a training that diverged")
-        return quantize(pictures).cpu()
+        return self.to_uint8(pictures).cpu()
 
     def with_times(self, times: Sequence[float]) -> "Painter":
         """The same student in ``len(times)`` steps at these TrigFlow times."""

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from eval import clip as clip_command
+from eval import paint
 from eval.clip import CLIP
 from eval.geneval import coco, folder
 from eval.geneval.__main__ import Options, main
@@ -22,11 +24,13 @@ from eval.geneval.coco_judge import ColourClassifier, colour_prompts
 from eval.geneval.judge import Options as JudgeOptions
 from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import SolidsDetector
+from eval.pictures import picture_files, read_picture
+from eval.text_to_image import painter
 from models.errors import UserError
 from models.scene.captions import COLOURS, Metadata, prompts
 from tests.test_geneval import GOLDEN
 from tests.test_mask2former import mmdet_state
-from tests.tiny import ROOT
+from tests.tiny import ROOT, save_sana
 
 
 def test_the_prompts_are_the_published_ones():
@@ -91,6 +95,28 @@ def test_another_activation_than_the_weights_is_an_error(tmp_path: Path):
         CLIP("nothing")
     with pytest.raises(UserError, match="cannot be read"):
         CLIP(str(tmp_path))
+
+
+def test_prompts_become_pictures_and_a_clip_score(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    teacher = save_sana(tmp_path / "teacher", side=4)
+    (tmp_path / "prompts.txt").write_text("a photo of a red cube\n\na photo of two cones\n")
+    paint.main(paint.Options(str(teacher), tmp_path / "prompts.txt", tmp_path / "pictures", steps=2, each=2))
+    files = picture_files(tmp_path / "pictures")
+    assert [file.parent.parent.name for file in files] == ["00000", "00000", "00001", "00001"]
+    whole = painter(teacher, 2)(["a photo of two cones"], [3])[0]
+    assert (read_picture(files[3]).int() - whole.int()).abs().max() <= 1
+    clip_command.main(clip_command.Options(tmp_path / "pictures", str(clip), output=tmp_path / "score.json"))
+    model, prompts_ = CLIP(str(clip)), ["a photo of a red cube"] * 2 + ["a photo of two cones"] * 2
+    cosines = [
+        float(model.texts([text])[0] @ model.pictures([Image.open(file)])[0])
+        for file, text in zip(files, prompts_, strict=True)
+    ]
+    found = json.loads((tmp_path / "score.json").read_text())
+    assert found["clip_score"] == pytest.approx(sum(cosines) / 4, abs=1e-6) and found["pictures"] == 4
+    assert "over 4 pictures" in capsys.readouterr().out
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="at least one prompt"):
+        paint.main(paint.Options(str(teacher), tmp_path / "empty.txt", tmp_path / "pictures"))
 
 
 # ------------------------------------------------------------------------------------- folders, killed and resumed

@@ -14,15 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data import Batch
 from eval import compare, fid
-from eval.features import Protocol, load_extractor, truncate
+from eval import report as reports
+from eval.features import Protocol, load_extractor, quantize, truncate
 from eval.frechet import frechet_distance
 from eval.generate import Sampler
 from eval.inception import Inception, central_square, clean_resize
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
+from eval.nearest import nearest
 from eval.pictures import batches, picture_files
 from eval.protocols import INCEPTION
 from eval.reference import Reference, load_reference, of_pictures, open_reference
+from models.condition import Condition
 from models.errors import UserError
 from models.student import OneStepStudent
 from models.teachers import embedded
@@ -362,3 +366,43 @@ def test_dinov2_and_cmmd_on_tiny_networks(tmp_path: Path):
     assert isinstance(kept, Reference)
     with pytest.raises(UserError, match="every picture"):
         fid.measured("x", 1, noise(0, 12, 16), extractor, kept, fid.protocol(extractor, kept, 12, None, None, "cmmd"))
+
+
+# --------------------------------------------------------------------------------------------- nearest and curves
+
+
+class Known:
+    """Training pictures whose features are what they are."""
+
+    shape: tuple[int, int, int] = (1, 32, 32)
+
+    def __init__(self, images: Tensor):
+        self.class_names: list[str] = []
+        self.images, self.labels = images, torch.zeros(len(images), dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def get(self, indices: list[int]) -> Batch:
+        return Batch(self.images[indices], Condition())
+
+
+def test_copies_are_found():
+    training = Known(noise(0, 400, 1, 32, 32).clamp(-1, 1))
+    extractor = load_extractor("fd_fmnist_cnn")
+    copied = nearest(quantize(training.images[:50]), training, extractor, among=400, shown=5)
+    assert copied.closer == 1 and torch.equal(copied.pairs[:, 0], copied.pairs[:, 1])
+    fresh = nearest(quantize(noise(1, 200, 1, 32, 32).clamp(-1, 1)), training, extractor, among=400)
+    assert fresh.closer < 0.1 and fresh.among == 400 and fresh.pairs.shape == (10, 2, 1, 32, 32)
+
+
+def test_a_report_shows_curve_and_copies(student: Path, tmp_path: Path):
+    training = Known(noise(0, 60, 1, 32, 32).clamp(-1, 1))
+    teacher = save_network(tmp_path / "teacher", None, 1)
+    result = fid.evaluate(
+        student, teacher, 20, teacher_steps=3, curve=(2,), training=training, grid=tmp_path / "grid.png"
+    )
+    assert [row["nfe"] for row in result["scores"]] == [1, 5, 3, 1] and result["nearest"]["among"] == 60
+    page = reports.write(result, tmp_path, tmp_path).read_text()
+    assert "Nearest training pictures" in page and "Quality over network calls" in page and len(page) < 1_000_000
+    assert page.count("<img") == 2
