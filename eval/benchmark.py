@@ -1,7 +1,8 @@
 """Seconds and memory of training turns: ``python -m eval.benchmark --step f_distill``.
 
 Runs the trainer's own dry run in a process for each batch size, so that peaks of memory do not mix. ``--step routing``
-times several students on a mixed batch against one of them alone. Compare figures of one call only.
+times several students on a mixed batch against one of them alone, ``--step scoring`` eval.fid's torch_fidelity protocol
+against torch-fidelity itself on folders of ``--batch`` pictures. Compare figures of one call only.
 """
 
 import json
@@ -31,9 +32,19 @@ class Options:
     """Measure student and critic turns."""
 
     step: Literal[
-        "pretrain", "sds", "diff_instruct", "dmd2", "f_distill", "sim", "sid", "sida", "uni_instruct", "routing"
+        "pretrain",
+        "sds",
+        "diff_instruct",
+        "dmd2",
+        "f_distill",
+        "sim",
+        "sid",
+        "sida",
+        "uni_instruct",
+        "routing",
+        "scoring",
     ] = "f_distill"
-    """Method whose turns are measured; routing: generation by several students of this network."""
+    """Method whose turns are measured; routing: generation by several students of this network; scoring: FID."""
     teacher: str = "embedded:fashion_mnist"
     """Network: folder of a teacher, or embedded:NAME. Its resolution is the resolution measured."""
     batch: tuple[int, ...] = (32, 64, 128)
@@ -102,10 +113,75 @@ def routing(options: Options, repeats: int = 15) -> None:
             print(f"{batch:>6}{alone:>11.6f}{mixed:>11.6f}{mixed / alone:>8.3f}", flush=True)
 
 
+def scoring(options: Options, repeats: int = 2) -> None:
+    """Print the seconds of torch-fidelity and of eval.fid for FID, Inception Score and KID of a folder of pictures.
+
+    Random weights; both tools see the same files, and the last column is how far their FIDs are apart.
+    """
+    print(f"FID, IS and KID, random Inception\n{'pictures':>9}{'torch-fidelity s':>18}{'eval.fid s':>12}", end="")
+    print(f"{'ratio':>8}{'difference':>12}")
+    for count in options.batch:
+        with tempfile.TemporaryDirectory() as temporary:
+            _write_pictures(Path(temporary), count)
+            calls = {"theirs": lambda path=Path(temporary): _theirs(path), "mine": lambda p=Path(temporary): _mine(p)}
+            seconds: dict[str, list[float]] = {name: [] for name in calls}
+            values: dict[str, float] = {}
+            for name, call in [*calls.items()] * repeats:
+                started = time.perf_counter()
+                values[name] = call()
+                seconds[name].append(time.perf_counter() - started)
+        theirs, mine = (min(found) for found in seconds.values())
+        apart = abs(values["mine"] / values["theirs"] - 1)
+        print(f"{count:>9}{theirs:>18.2f}{mine:>12.2f}{mine / theirs:>8.3f}{apart:>12.1e}", flush=True)
+
+
+def _write_pictures(base: Path, count: int) -> None:
+    """Weights and two folders, ``made`` and ``real``, of smooth random pictures."""
+    import numpy as np
+    from PIL import Image
+
+    from eval.inception import save_random
+
+    save_random(base / "random.pth")
+    generator = np.random.default_rng(0)
+    for name in ("made", "real"):
+        (base / name).mkdir()
+        for index in range(count):
+            small = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            small.resize((64, 64), Image.Resampling.BICUBIC).save(base / name / f"{index:05d}.png")
+
+
+def _theirs(base: Path) -> float:
+    import torch_fidelity
+
+    size = len(list((base / "real").iterdir())) // 2
+    return torch_fidelity.calculate_metrics(
+        input1=str(base / "made"),
+        input2=str(base / "real"),
+        feature_extractor_weights_path=str(base / "random.pth"),
+        isc=True,
+        fid=True,
+        kid=True,
+        kid_subset_size=size,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )["frechet_inception_distance"]
+
+
+def _mine(base: Path) -> float:
+    from eval import fid
+
+    made, weights, real = base / "made", base / "random.pth", base / "real"
+    return fid.evaluate_pictures(made, "torch_fidelity", weights, real, device="cpu")["scores"][0]["fd"]
+
+
 def main(options: Options) -> None:
     """Print a table: seconds per turn, pictures per second of the student turn, GiB at the peak."""
     if options.step == "routing":
         return routing(options)
+    if options.step == "scoring":
+        return scoring(options)
     title = f"{options.step}, {'own network' if options.step == 'pretrain' else options.teacher}"
     print(f"{title}, precision {options.precision}")
     print(f"{'batch':>6}{'student s':>11}{'critic s':>10}{'ratio':>8}{'pictures/s':>12}{'peak GiB':>10}  device")

@@ -241,7 +241,8 @@ def measured(
             raise UserError("--reference: cmmd compares with every picture: give a folder, or --keep them all")
         distance = gaussian_mmd(features, some)
     else:
-        distance = frechet_distance(features, reference.statistics)
+        whole = len(some) == reference.size and len(some) <= some.shape[1]  # then no covariance need be formed
+        distance = frechet_distance(features, some if whole else reference.statistics)
     inception = (None, None)
     if isinstance(extractor, Inception):
         inception = inception_score(extractor.logits(features), min(10, len(features)))

@@ -36,6 +36,21 @@ def central_square(image: NDArray[np.uint8], side: int = 256) -> NDArray[np.uint
     return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
+def save_random(path: Path, seed: int = 0) -> None:
+    """Random weights in the port's file format: for tests and speed, where the published ones are out of reach."""
+    from unittest import mock
+
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
+        torch.manual_seed(seed)
+        network = FeatureExtractorInceptionV3("random", ["2048"], "no file is read")
+        for module in network.modules():  # its own start lets the pictures fade away layer by layer
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+
+
 class Inception:
     """uint8 pictures of any size to 2048 features; ``logits`` go on from them to the Inception Score's.
 

@@ -20,7 +20,7 @@ from eval import report as reports
 from eval.features import Protocol, load_extractor, quantize, truncate
 from eval.frechet import frechet_distance
 from eval.generate import Sampler
-from eval.inception import Inception, central_square, clean_resize
+from eval.inception import Inception, central_square, clean_resize, save_random
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
 from eval.nearest import nearest
 from eval.pictures import batches, picture_files
@@ -98,23 +98,8 @@ def test_gaussian_mmd_is_cmmds():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of Inception as torch-fidelity saves them."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    network: Any = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
-    torch.manual_seed(0)
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise InterruptedError  # before it loads a file: the weights that it was made with are what is wanted
-
-    original, torch.load = torch.load, stop  # type: ignore[assignment]
-    try:
-        network.__init__("random", ["2048"], "no file")
-    except InterruptedError:
-        pass
-    finally:
-        torch.load = original
-    torch.save(network.state_dict(), path)
+    save_random(path)
     return path
 
 
