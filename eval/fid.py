@@ -130,6 +130,8 @@ class Score:
     runs: list[float] | None = None
     fd_spread: float | None = None
     """Standard deviation over bootstrap resamples of the pictures, for networks of few dimensions."""
+    seconds_generating: float | None = None
+    seconds_scoring: float | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- folders
@@ -302,7 +304,7 @@ def score(
     to_uint8 = truncate if name in INCEPTION and INCEPTION[name].quantise == "truncate" else quantize
     found: list[Score] = []
     for run in range(best_of):
-        first = seed + run * n
+        first, started = seed + run * n, time.perf_counter()
         made = images(
             sampler,
             n,
@@ -318,7 +320,9 @@ def score(
         )
         rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
         features = gathered(extract(extractor, made))
-        found.append(measured(sampler.name, sampler.nfe, features, extractor, reference, rules))
+        value = measured(sampler.name, sampler.nfe, features, extractor, reference, rules)
+        rest = time.perf_counter() - started - made.seconds
+        found.append(replace(value, seconds_generating=round(made.seconds, 2), seconds_scoring=round(rest, 2)))
     least = min(found, key=lambda score: score.fd)
     if best_of == 1:
         return least

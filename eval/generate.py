@@ -1,5 +1,6 @@
 """Pictures for scoring: picture i has its own noise and class, whatever the batch size or the number of processes."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,11 @@ class Sampler:
 class Generated:
     """Batches of uint8 pictures (B, C, H, W) on the CPU; may be iterated again, with the same result.
 
-    Iterating raises UserError if the sampler gives NaN or infinity, which quantisation would hide.
+    Iterating raises UserError if the sampler gives NaN or infinity, which quantisation would hide. ``seconds`` is the
+    time that making pictures has taken.
     """
+
+    seconds = 0.0
 
     def __init__(
         self,
@@ -83,7 +87,10 @@ class Generated:
     def __iter__(self) -> Iterator[Tensor]:
         starts = range(0, len(self.indices), self.batch)
         for start in tqdm(starts, desc=self.description, unit="batch", disable=self.description is None):
-            yield self._make(self.indices[start : start + self.batch])
+            started = time.perf_counter()
+            made = self._make(self.indices[start : start + self.batch])
+            self.seconds += time.perf_counter() - started
+            yield made
 
 
 def images(

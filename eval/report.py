@@ -224,7 +224,9 @@ def as_text(result: dict[str, Any]) -> str:
         shown += [decimals(row[name], 3) for name in ("recall", "inception_score")]
         shown += [decimals(rates.get(row["sampler"]), 1)]
         cells = "".join(f"{value:>{width}}" for value, width in zip(shown, columns.values(), strict=True))
-        lines.append(f"{row['sampler']:<30}{cells}  {row['source']}")
+        times = [row.get(f"seconds_{what}") for what in ("generating", "scoring")]
+        spent = "" if None in times else f", {times[0]:.1f} s to make and {times[1]:.1f} s to score"
+        lines.append(f"{row['sampler']:<30}{cells}  {row['source']}{spent}")
     return "\n".join([*lines, *(f"warning: {caution}" for caution in result["cautions"])])
 
 
