@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
+from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.settings import Config, MultiStudent, write_config
 from distill.trainer import Trainer
@@ -121,7 +122,7 @@ def train(config: Config) -> int:
             trainer.spec.save(config.output / "student", trainer.method.exported(), card)
         print(f"student: {config.output / 'student'}")
         if config.evaluation.num_images:
-            evaluate(config)
+            evaluate(config, trainer.stream)
     trainer.accelerator.wait_for_everyone()
     return STOPPED if trainer.stopping else 0
 
@@ -199,8 +200,11 @@ def train_students(config: Config, settings: MultiStudent) -> int:
     return 0
 
 
-def evaluate(config: Config) -> None:
-    """Score the exported student beside its teacher and write the report into the run folder."""
+def evaluate(config: Config, stream: Stream | None = None) -> None:
+    """Score the exported student beside its teacher and write the report into the run folder.
+
+    Pictures of ``stream`` that the student's may be copies of are looked for where it gives them one by one.
+    """
     from eval import fid, report
 
     folder = config.output / "report"
@@ -208,7 +212,12 @@ def evaluate(config: Config) -> None:
     settings = config.evaluation
     student = config.output / "student"
     result = fid.evaluate(
-        student, teacher, settings.num_images, teacher_steps=settings.teacher_steps, grid=folder / "grid.png"
+        student,
+        teacher,
+        settings.num_images,
+        teacher_steps=settings.teacher_steps,
+        training=stream.pictures if isinstance(stream, ShuffledStream) else None,
+        grid=folder / "grid.png",
     )
     report.write(result, folder, config.output)
     print(report.as_text(result))

@@ -2,7 +2,7 @@
 
 Real Sana's text encoder is a language model that was trained before. Trained with the pictures alone, a small one
 learns what words mean, and hardly which colour belongs to which solid or which solid stands left. Here linear heads on
-its last token must name everything in the caption, and heads on each shape's word its colour; the heads are thrown away.
+its last token must name everything in the caption, and heads on each shape's word its colour; then they are dropped.
 """
 
 import random

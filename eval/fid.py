@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.data import Pictures
 from eval import report as reports
 from eval.features import (
     QUANTISATION,
@@ -46,7 +45,7 @@ from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images
 from eval.inception import Inception
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
-from eval.nearest import LOOKED_AT, nearest
+from eval.nearest import LOOKED_AT, Training, TrainingFolder, nearest
 from eval.pictures import batches, picture_files
 from eval.protocols import INCEPTION, ProtocolName
 from eval.reference import Floor, Reference, load_reference, open_reference
@@ -99,8 +98,8 @@ class Options:
     """Measure the teacher now even if its scores.json has this protocol."""
     curve: tuple[int, ...] = ()
     """More numbers of Heun steps of the teacher, for the curve of distance over network calls."""
-    nearest: int | None = None
-    """Training pictures to look for copies among; 0: none. Default: 10,000 with an embedded protocol, else 0."""
+    training: Path | None = None
+    """Folder of training pictures of the student's size, to look for copies among 10,000 of them."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +264,8 @@ def measured(
     )
 
 
-def gathered(features: Tensor) -> Tensor:
+def gathered(features: Tensor, world: int) -> Tensor:
     """Features of all processes in the pictures' order; process r of w has those of the pictures r, r + w, ..."""
-    world = share()[1]
     if world == 1:
         return features
     from accelerate import PartialState
@@ -298,9 +296,13 @@ def score(
     progress: bool = True,
     name: ProtocolName = "fd_fmnist_cnn",
     best_of: int = 1,
+    processes: tuple[int, int] = (0, 1),
 ) -> Score:
-    """Generate n pictures and measure them against ``reference``; of several runs the one with the least distance."""
-    shape, (rank, world) = (spec.channels, spec.size, spec.size), share()
+    """Generate n pictures and measure them against ``reference``; of several runs the one with the least distance.
+
+    ``processes`` is this process's number and how many share the pictures.
+    """
+    shape, (rank, world) = (spec.channels, spec.size, spec.size), processes
     to_uint8 = truncate if name in INCEPTION and INCEPTION[name].quantise == "truncate" else quantize
     found: list[Score] = []
     for run in range(best_of):
@@ -319,7 +321,7 @@ def score(
             to_uint8=to_uint8,
         )
         rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
-        features = gathered(extract(extractor, made))
+        features = gathered(extract(extractor, made), world)
         value = measured(sampler.name, sampler.nfe, features, extractor, reference, rules)
         rest = time.perf_counter() - started - made.seconds
         found.append(replace(value, seconds_generating=round(made.seconds, 2), seconds_scoring=round(rest, 2)))
@@ -466,7 +468,7 @@ def evaluate(
     reference_path: Path | None = None,
     best_of: int = 1,
     curve: tuple[int, ...] = (),
-    training: Pictures | None = None,
+    training: Training | Path | None = None,
     among: int = 10000,
     teacher_steps: int = 18,
     seed: int = 0,
@@ -475,6 +477,7 @@ def evaluate(
     remeasure_teacher: bool = False,
     grid: Path | None = None,
     timed: bool = True,
+    processes: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Score the exported student in folder ``student`` and the teacher in ``teacher`` with n pictures each.
 
@@ -515,23 +518,27 @@ def evaluate(
     for sampler, cache in sources:
         known = cache.get(sampler, rules.digest()) if cache and not remeasure_teacher else None
         runs = 1 if cache else best_of
-        value = known or score(sampler, judge, reference, spec, n, seed, batch, place, name=name, best_of=runs)
+        value = known or score(
+            sampler, judge, reference, spec, n, seed, batch, place, name=name, best_of=runs, processes=processes
+        )
         if cache and not known:
             cache.put(sampler, rules.digest(), value)
         source = f"read from {cache.path}" if known and cache else "measured now"
         rows.append(row(value, reference.floor(n), source))
     samplers = [sampler for sampler, _ in sources]
-    if grid is not None and share()[0] == 0:
+    if grid is not None and processes[0] == 0:
         pictures = reports.picture_grid(samplers[:2], spec, seed, place)
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures).save(grid)
     copies = None
-    if training is not None and among:
+    if training is not None:
+        if isinstance(training, Path):
+            training = TrainingFolder(training, spec.channels)
         shape = (spec.channels, spec.size, spec.size)
         mine = torch.cat(list(images(one_step, min(n, LOOKED_AT), shape, spec.num_classes, batch, seed, device=place)))
         found = nearest(mine, training, judge, among)
         copies = {"closer": found.closer, "among": found.among}
-        if grid is not None and share()[0] == 0:
+        if grid is not None and processes[0] == 0:
             Image.fromarray(reports.pairs_grid(found.pairs)).save(grid.with_name("nearest.png"))
     timing = speed(samplers, spec, min(batch, 100), place) if timed else None
     if timing and best_of > 1:
@@ -560,6 +567,7 @@ def evaluate_pictures(
     reference_path: Path | None,
     batch: int = 50,
     device: torch.device | str | None = None,
+    processes: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Score a folder of pictures, as :func:`evaluate` scores a student; what report.json holds."""
     place, files = place_of(device), picture_files(folder)
@@ -567,9 +575,9 @@ def evaluate_pictures(
         raise UserError(f"--images: {folder} has {len(files)} pictures, too few for a distance: at least {MIN_IMAGES}")
     judge, reference = judge_of(name, weights, reference_path, place)
     rules = protocol(judge, reference, len(files), None, None, name)
-    rank, world = share()
+    rank, world = processes
     made = batches(files[rank::world], batch, folder.name if rank == 0 else None)
-    value = measured(folder.name, 0, gathered(extract(judge, made)), judge, reference, rules)
+    value = measured(folder.name, 0, gathered(extract(judge, made), world), judge, reference, rules)
     digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
     provenance = {"pictures": str(folder), "pictures_sha256": digest} | environment(place)
     return {
@@ -583,22 +591,6 @@ def evaluate_pictures(
     }
 
 
-def training_pictures(run: Path) -> Pictures | None:
-    """What a run was trained on, if it can still be read one by one."""
-    from distill.build import build_stream  # what it takes to train is slow to import
-    from distill.data import ShuffledStream
-    from distill.settings import read_config
-
-    try:
-        config = read_config(run / "config.yaml")
-        if getattr(config.data, "streaming", False):
-            return None
-        stream, _, _ = build_stream(config, 0, 1)
-    except UserError:
-        return None
-    return stream.pictures if isinstance(stream, ShuffledStream) else None
-
-
 def main(options: Options) -> None:
     """Score, print a table, write the report."""
     if (options.student is None) == (options.images is None):
@@ -606,7 +598,13 @@ def main(options: Options) -> None:
     if options.images is not None:
         folder = options.output or options.images.parent / f"{options.images.resolve().name}-report"
         result = evaluate_pictures(
-            options.images, options.protocol, options.weights, options.reference, min(options.batch, 50), options.device
+            options.images,
+            options.protocol,
+            options.weights,
+            options.reference,
+            min(options.batch, 50),
+            options.device,
+            share(),
         )
     else:
         assert options.student is not None
@@ -624,14 +622,14 @@ def main(options: Options) -> None:
             reference_path=options.reference,
             best_of=options.best_of,
             curve=options.curve,
-            training=training_pictures(options.student),
-            among=options.nearest if options.nearest is not None else 0 if options.protocol in INCEPTION else 10000,
+            training=options.training,
             teacher_steps=options.teacher_steps,
             seed=options.seed,
             batch=options.batch,
             device=options.device,
             remeasure_teacher=options.remeasure_teacher,
             grid=folder / "grid.png",
+            processes=share(),
         )
     if share()[0] > 0:
         return

@@ -1,16 +1,41 @@
 """Has a generator learned pictures by heart? Its pictures beside the training pictures nearest to them."""
 
+import typing
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from distill.data import Pictures
 from eval.features import Extractor, extract, quantize
+from eval.pictures import picture_files, read_picture
 
 LOOKED_AT = 500
 """Generated pictures, and training pictures, whose nearest neighbour is asked for."""
 QUANTILE = 0.01
+
+
+class Training(typing.Protocol):
+    """Training pictures: ``get(indices).images`` are (B, C, H, W) in [-1, 1]."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: list[int]) -> typing.Any: ...
+
+
+class TrainingFolder:
+    """Training pictures of one size in a folder, of as many channels as the generator's."""
+
+    def __init__(self, folder: Path, channels: int):
+        self.files, self.channels = picture_files(folder), channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def get(self, indices: list[int]) -> SimpleNamespace:
+        images = torch.stack([read_picture(self.files[index]) for index in indices])
+        return SimpleNamespace(images=images[:, : self.channels].float() / 127.5 - 1)
 
 
 @dataclass(frozen=True)
@@ -28,7 +53,7 @@ class Nearest:
 
 
 def nearest(
-    generated: Tensor, real: Pictures, extractor: Extractor, among: int = 10000, shown: int = 10, seed: int = 0
+    generated: Tensor, real: Training, extractor: Extractor, among: int = 10000, shown: int = 10, seed: int = 0
 ) -> Nearest:
     """For uint8 pictures (n, C, H, W), in the extractor's features, among ``among`` random training pictures."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:among].tolist()
