@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import tyro
@@ -106,7 +107,7 @@ def main(options: Options) -> None:
         if not isinstance(spec, SanaSpec):
             raise UserError(f"--start: {options.start} is asked for classes, not for prompts")
         encoder = spec.text_encoder.requires_grad_(True).train()
-    width = encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    width: int = cast(Any, encoder).config.hidden_size
     reader, rng, unseen = Reader(encoder, width, tokenizer), random.Random(options.seed), held_out()
     optimizer = torch.optim.AdamW(reader.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.05)
