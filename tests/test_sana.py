@@ -280,6 +280,7 @@ def test_a_run_becomes_an_embedded_model(student: Path, tmp_path: Path, monkeypa
     before, after = painter(student, 1)(PROMPTS, [0, 1]), painter(shipped, 1)(PROMPTS, [0, 1])
     assert (before.int() - after.int()).abs().max() <= 2
     SanaSprintPipeline.from_pretrained(shipped)
+    assert not any(str(tmp_path.parent) in file.read_text() for file in shipped.rglob("*.json"))
     with pytest.raises(UserError, match="no exported network"):
         embed.main(embed.Options(tmp_path, "small"))
     with pytest.raises(UserError, match="letters, digits"):

@@ -251,6 +251,10 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
                 network.control.save_pretrained(temporary / "controlnet", safe_serialization=True)
                 strip = (self.control[:, 0] > 0).flatten(0, 1).numpy()
                 Image.fromarray(strip).save(temporary / "controlnet" / LINES)
+            for config in temporary.glob("*/config.json"):  # libraries note where weights came from on this machine
+                values = json.loads(config.read_text())
+                values.pop("_name_or_path", None)
+                config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
             (temporary / "studio.json").write_text(json.dumps(studio, indent=2) + "\n")
             (temporary / "README.md").write_text(card)
 
