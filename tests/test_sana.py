@@ -106,7 +106,9 @@ def test_a_students_pixels_are_the_stock_pipelines(student: Path, steps: int):
 def test_pictures_depend_on_prompt_and_seed_alone(student: Path):
     made = painter(student, 2)
     together = made([*PROMPTS, PROMPTS[0]], [0, 1, 2])
-    assert torch.equal(together[1:2], made(PROMPTS[1:], [1]))
+    apart = (together[1:2].int() - made(PROMPTS[1:], [1]).int()).abs()
+    assert int(apart.max()) <= 1, "networks may round differently with the batch, by one level at most"
+    assert float(apart.float().mean()) < 1e-2
     assert not torch.equal(together[0], together[2])
 
 
