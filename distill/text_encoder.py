@@ -119,7 +119,7 @@ def main(options: Options) -> None:
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{float(loss):.3f}", right=f"{float(right):.2f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.2f}")
     with torch.no_grad():
         kept = [m for m in (draw(rng) for _ in range(20000)) if m["prompt"] in unseen]
         _, right = reader.losses(kept)
