@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.pictures import SUFFIXES
 from models.condition import Condition
 from models.controlnet import edges, roughened
 from models.errors import UserError, run_command
@@ -198,9 +199,6 @@ def to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1)
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
 class ImageFolder:
     """Pictures in a folder: one sub-folder per class, or all in one, which is class 0."""
 
@@ -213,10 +211,10 @@ class ImageFolder:
             (path, label)
             for label, group in groups
             for path in sorted(group.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
+            if path.suffix.lower() in SUFFIXES
         ]
         if not self.files:
-            raise UserError(f"data.path: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
+            raise UserError(f"data.path: no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}")
         self.shape, self.class_names = (channels, size, size), names or [folder.name]
         self._pool = ThreadPoolExecutor(workers)
 

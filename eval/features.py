@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.protocols import INCEPTION, ProtocolName
+from eval.protocols import INCEPTION, ProtocolName, Quantisation
 from models.errors import UserError
 
 REFERENCES = Path(__file__).parent / "references"
 CNN_WEIGHTS = REFERENCES / "fashion_mnist_cnn.safetensors"
-QUANTISATION = "uint8 = clamp(127.5 x + 128, 0, 255), fraction cut off"
-TRUNCATION = "uint8 = clamp(127.5 (x + 1), 0, 255), fraction cut off"
 
 
 def quantize(x: Tensor) -> Tensor:
@@ -33,6 +31,20 @@ def quantize(x: Tensor) -> Tensor:
 def truncate(x: Tensor) -> Tensor:
     """[-1, 1] to uint8 as GigaGAN's evaluator does it: ``127.5 (x + 1)``, clamped, the fraction cut off."""
     return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """How values in [-1, 1] become bytes, and what a protocol says of it."""
+
+    function: Callable[[Tensor], Tensor]
+    words: str
+
+
+QUANTISATIONS: dict[Quantisation, Quantiser] = {
+    "edm": Quantiser(quantize, "uint8 = clamp(127.5 x + 128, 0, 255), fraction cut off"),
+    "truncate": Quantiser(truncate, "uint8 = clamp(127.5 (x + 1), 0, 255), fraction cut off"),
+}
 
 
 def file_digest(path: Path) -> str:

@@ -31,15 +31,12 @@ from tqdm.auto import tqdm
 
 from eval import report as reports
 from eval.features import (
-    QUANTISATION,
-    TRUNCATION,
+    QUANTISATIONS,
     Extractor,
     Protocol,
     extract,
     file_digest,
     load_extractor,
-    quantize,
-    truncate,
 )
 from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images
@@ -47,11 +44,12 @@ from eval.inception import Inception
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
 from eval.nearest import LOOKED_AT, Training, TrainingFolder, nearest
 from eval.pictures import batches, picture_files
-from eval.protocols import INCEPTION, ProtocolName
+from eval.protocols import INCEPTION, ProtocolName, quantisation_of
 from eval.reference import Floor, Reference, load_reference, open_reference
 from models import teachers
 from models.condition import Condition
 from models.errors import UserError, run_command
+from models.folders import replace_text
 from models.multi_student import MultiStudent
 from models.seeds import Draws
 from models.student import OneStepStudent
@@ -213,12 +211,11 @@ def protocol(
             f"the reference {reference.name} was resized otherwise: {reference.statistics.provenance['resize']}; "
             f"{name} does {extractor.resize}"
         )
-    truncated = name in INCEPTION and INCEPTION[name].quantise == "truncate"
     return Protocol(
         extractor=extractor.name,
         weights_sha256=extractor.sha256,
         resize=extractor.resize,
-        quantisation="as saved" if seed is None else TRUNCATION if truncated else QUANTISATION,
+        quantisation="as saved" if seed is None else QUANTISATIONS[quantisation_of(name)].words,
         reference=str(reference.statistics.provenance["data"]),
         reference_size=reference.size,
         reference_sha256=reference.sha256,
@@ -303,7 +300,8 @@ def score(
     ``processes`` is this process's number and how many share the pictures.
     """
     shape, (rank, world) = (spec.channels, spec.size, spec.size), processes
-    to_uint8 = truncate if name in INCEPTION and INCEPTION[name].quantise == "truncate" else quantize
+    rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
+    to_uint8 = QUANTISATIONS[quantisation_of(name)].function
     found: list[Score] = []
     for run in range(best_of):
         first, started = seed + run * n, time.perf_counter()
@@ -320,7 +318,6 @@ def score(
             description=sampler.name if progress and rank == 0 else None,
             to_uint8=to_uint8,
         )
-        rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
         features = gathered(extract(extractor, made), world)
         value = measured(sampler.name, sampler.nfe, features, extractor, reference, rules)
         rest = time.perf_counter() - started - made.seconds
@@ -357,10 +354,8 @@ class TeacherScores:
     def put(self, sampler: Sampler, digest: str, value: Score) -> None:
         """Store a score; a folder that cannot be written to is no error."""
         stored = self._read() | {self._key(sampler, digest): asdict(value)}
-        temporary = self.path.with_name(f"scores.{os.getpid()}.partial")
         try:
-            temporary.write_text(json.dumps(stored, indent=2) + "\n")
-            temporary.replace(self.path)
+            replace_text(self.path, json.dumps(stored, indent=2) + "\n")
         except OSError as error:
             print(f"warning: the teacher's scores are not kept: {error}", file=sys.stderr)
 
@@ -469,7 +464,6 @@ def evaluate(
     best_of: int = 1,
     curve: tuple[int, ...] = (),
     training: Training | Path | None = None,
-    among: int = 10000,
     teacher_steps: int = 18,
     seed: int = 0,
     batch: int = 250,
@@ -536,7 +530,7 @@ def evaluate(
             training = TrainingFolder(training, spec.channels)
         shape = (spec.channels, spec.size, spec.size)
         mine = torch.cat(list(images(one_step, min(n, LOOKED_AT), shape, spec.num_classes, batch, seed, device=place)))
-        found = nearest(mine, training, judge, among)
+        found = nearest(mine, training, judge)
         copies = {"closer": found.closer, "among": found.among}
         if grid is not None and processes[0] == 0:
             Image.fromarray(reports.pairs_grid(found.pairs)).save(grid.with_name("nearest.png"))

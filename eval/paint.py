@@ -9,13 +9,13 @@ The layout is GenEval's: ``NNNNN/metadata.jsonl`` and ``NNNNN/samples/NNNNN.png`
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from eval.features import quantize, truncate
+from eval.features import QUANTISATIONS
 from eval.fid import share
 from eval.geneval import folder
+from eval.protocols import Quantisation
 from eval.text_to_image import painter
 from models.errors import UserError, run_command
 from models.scene.captions import Metadata
@@ -39,7 +39,7 @@ class Options:
     """Pictures of each prompt."""
     seed: int = 0
     """Picture k of prompt p has the noise of seed + each p + k."""
-    quantise: Literal["edm", "truncate"] = "edm"
+    quantise: Quantisation = "edm"
     """How values become bytes: the protocol coco30k truncates."""
     device: str = "cpu"
 
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
         raise UserError(f"{options.prompts}: give at least one prompt, and --each at least 1")
     asked: list[Metadata] = [{"tag": "caption", "include": [], "prompt": line} for line in lines]
     made = painter(options.model, options.steps, options.guidance, options.device)
-    made = replace(made, to_uint8=truncate if options.quantise == "truncate" else quantize)
+    made = replace(made, to_uint8=QUANTISATIONS[options.quantise].function)
     folder.paint(made, asked, options.output, options.each, options.seed, *share())
     print(f"{made.name}: {len(lines) * options.each} pictures in {options.output}")
 

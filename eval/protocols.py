@@ -8,6 +8,7 @@ the published weights; by any other it carries that network's name.
 from dataclasses import dataclass
 from typing import Literal
 
+Quantisation = Literal["edm", "truncate"]
 Resize = Literal["tf1", "clean", "lanczos256_clean"]
 RESIZES: dict[Resize, str] = {
     "tf1": "299 x 299 in the network, TensorFlow 1's bilinear (no half-pixel centres, no antialias)",
@@ -34,7 +35,6 @@ class InceptionRules:
     """An Inception protocol.
 
     images:     the papers' number of pictures
-    best_of:    the papers report the least of this many runs, with seeds one after the other
     quantise:   how a generator's output becomes uint8: "edm" 127.5 x + 128, "truncate" 127.5 (x + 1), fraction cut off
     reference:  what the papers compare with
     """
@@ -42,12 +42,11 @@ class InceptionRules:
     resize: Resize
     images: int
     reference: str
-    best_of: int = 1
-    quantise: Literal["edm", "truncate"] = "edm"
+    quantise: Quantisation = "edm"
 
 
 INCEPTION: dict[ProtocolName, InceptionRules] = {
-    "edm": InceptionRules("tf1", 50000, "EDM's .npz of the training set (arXiv 2206.00364)", best_of=3),
+    "edm": InceptionRules("tf1", 50000, "EDM's .npz of the training set (arXiv 2206.00364)"),
     "torch_fidelity": InceptionRules("tf1", 50000, "a folder of real pictures, or their statistics"),
     "adm": InceptionRules("tf1", 50000, "ADM's .npz with pictures for precision and recall (arXiv 2105.05233)"),
     "clean": InceptionRules("clean", 50000, "a folder of real pictures, or their statistics (arXiv 2104.11222)"),
@@ -59,3 +58,8 @@ INCEPTION: dict[ProtocolName, InceptionRules] = {
     ),
     "mjhq30k": InceptionRules("clean", 30000, "MJHQ-30K's 30,000 pictures, whose prompts they answer"),
 }
+
+
+def quantisation_of(name: ProtocolName) -> Quantisation:
+    """How a generator's output becomes uint8 under the protocol."""
+    return INCEPTION[name].quantise if name in INCEPTION else "edm"

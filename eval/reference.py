@@ -198,7 +198,8 @@ def of_pictures(folder: Path, extractor: Extractor, batch: int = 50, keep: int =
     for images in batches(files, batch, f"reference {folder.name}"):
         features = extract(extractor, [images])
         statistics.update(features)
-        kept.append(features)
+        if sum(map(len, kept)) < keep:
+            kept.append(features)
     if statistics.n < 2:
         raise UserError(f"--reference: {folder} has {statistics.n} picture: statistics need at least 2")
     statistics.provenance = {

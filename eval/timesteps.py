@@ -12,7 +12,6 @@ small tasks have so few captions that theirs recur.
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_
 from eval.reference import load_reference
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
+from models.folders import replace_text
 from models.scene.captions import EVALUATION, held_out, prompts
 from models.trigflow import TrigFlowView
 
@@ -122,19 +122,13 @@ def solids_metric(student: Painter, options: Options) -> Metric:
     return metric
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_times(folder: Path, student: Painter, times: Sequence[float]) -> None:
     """Into studio.json and, where the model card holds this student's example, into that."""
     studio = json.loads((folder / "studio.json").read_text())
     card, spec = folder / "README.md", replace(student.spec, times=tuple(times))
     if card.is_file():
-        _replace_text(card, card.read_text().replace(student.spec.usage, spec.usage))
-    _replace_text(folder / "studio.json", json.dumps(studio | {"times": list(times)}, indent=2) + "\n")
+        replace_text(card, card.read_text().replace(student.spec.usage, spec.usage))
+    replace_text(folder / "studio.json", json.dumps(studio | {"times": list(times)}, indent=2) + "\n")
 
 
 def main(options: Options) -> None:

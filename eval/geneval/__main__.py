@@ -12,7 +12,6 @@ Folders of pictures are judged one by one and resumed; `torchrun` or `accelerate
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from eval import report as reports
 from eval.features import extract
-from eval.fid import environment
+from eval.fid import environment, share
 from eval.frechet import frechet_distance
 from eval.geneval import coco, folder, judge
 from eval.geneval.coco_judge import CocoJudge
@@ -36,6 +35,7 @@ from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_
 from eval.reference import load_reference
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
+from models.folders import replace_text
 from models.scene.captions import EVALUATION, TASKS, Metadata, held_out, prompts
 
 
@@ -171,15 +171,12 @@ def file_name(name: str) -> str:
 
 
 def write(report: Mapping[str, Any], output: Path) -> None:
-    """geneval.json, whole or not at all."""
-    temporary = output / f"geneval.{os.getpid()}.partial"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(output / "geneval.json")
+    replace_text(output / "geneval.json", json.dumps(report, indent=2) + "\n")
 
 
 def judge_folders(options: Options, output: Path) -> None:
     """GenEval on folders of pictures, painted first if a model is named; the process that ends last sums up."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = share()
     by: folder.Judge
     by = CocoJudge(options.detector, options.clip, options.device) if options.detector else SolidsDetector()
     asked = coco.metadata()
@@ -188,22 +185,21 @@ def judge_folders(options: Options, output: Path) -> None:
         folders[name] = output / file_name(name) / "images"
         folder.paint(paints, asked, folders[name], options.each, options.seed, rank, world)
     found: dict[str, dict[str, Any]] = {}
+    every: list[folder.Picture] = []
+    known: dict[str, dict[str, Any]] = {}
     for name, pictures in folders.items():
         own = output if options.images else output / file_name(name)
-        records = folder.judge_folder(pictures, by, own, rank, world)
-        done, count = len(folder.read_records(own)), len(folder.pictures(pictures))
-        if done < count or (not options.images and count < options.each * len(asked)):
-            print(f"{name}: {done} of {count} pictures are judged: the other processes, or the same command, go on")
+        folder.judge_folder(pictures, by, own, rank, world)
+        every, known = folder.pictures(pictures), folder.read_records(own)
+        if len(known) < len(every) or (not options.images and len(every) < options.each * len(asked)):
+            judged = f"{len(known)} of {len(every)} pictures are judged"
+            print(f"{name}: {judged}: the other processes, or the same command, go on")
             return
-        found[name] = folder.scores(records if len(records) == count else folder.read_records(own).values())
+        found[name] = folder.scores(known[picture.name] for picture in every)
     report = {"name": by.name, "protocol": by.protocol, "scores": found}
     report |= {"environment": environment(torch.device(options.device))}
     write(report, output)
-    name, pictures = list(folders.items())[-1]
-    every, known = (
-        folder.pictures(pictures),
-        folder.read_records(output if options.images else output / file_name(name)),
-    )
+    name = list(folders)[-1]
     wrong = reports.failures([known[p.name] for p in every], lambda index: Image.open(every[index].path))
     page = reports.write_geneval(report, output, name, wrong, [])
     print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}\nreport: {page}")

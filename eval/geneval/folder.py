@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from eval.geneval.judge import Detection, Options, judge, summarize
 from eval.pictures import read_picture
 from models.errors import UserError
+from models.folders import replace_text
 from models.scene.captions import Metadata
 
 Paints = Callable[[Sequence[str], Sequence[int]], Tensor]
@@ -129,9 +130,7 @@ def require_protocol(path: Path, mine: Mapping[str, Any]) -> None:
             raise UserError(f"{path.parent} holds verdicts of another protocol: {pairs}; give another --output")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
-    temporary.write_text(json.dumps(mine, indent=2) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(mine, indent=2) + "\n")
 
 
 def read_records(output: Path) -> dict[str, dict[str, Any]]:
