@@ -77,7 +77,8 @@ class Denoiser(nn.Module):
         features: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            features.append(output if isinstance(output, Tensor) else output[0])
+            # (picture, skipped ones) of a U-Net's block, (text, picture) of a joint transformer's
+            features.append(output if isinstance(output, Tensor) else [o for o in output if isinstance(o, Tensor)][-1])
             if len(features) == len(taps):
                 after_last()
 

@@ -6,7 +6,7 @@ it a denoiser. The folder holds its own ``pipeline.py`` too (models/pipelines), 
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -19,7 +19,9 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.folders import replace_folder
 from models.pipelines import class_conditional
-from models.process import EDM
+from models.process import EDM, Process
+from models.teachers.base import ClassSpec
+from models.trigflow import TrigFlowView
 
 
 class PatchUNet(nn.Module):
@@ -31,6 +33,10 @@ class PatchUNet(nn.Module):
     def __init__(self, unet: UNet2DModel, patch: int, num_classes: int):
         super().__init__()
         self.unet, self.patch, self.num_classes = unet, patch, num_classes
+
+    @property
+    def core(self) -> UNet2DModel:
+        return self.unet
 
     @classmethod
     def create(
@@ -62,7 +68,7 @@ class PatchUNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ClassSpec):
     """What a folder says beside its U-Net; sizes in pixels, ``sigma_init`` None for a teacher.
 
     ``student_of_class``: with several students, the number of each class's own; None for one.
@@ -100,6 +106,18 @@ class Spec:
 
 pipe = DiffusionPipeline.from_pretrained("PATH", trust_remote_code=True)  # runs pipeline.py of this folder
 images = pipe([0, 1, 2], seeds=[0, 1, 2]).images"""
+
+    def beginning(self, process: Process) -> tuple[float, bool]:
+        if self.sigma_init is None:
+            raise ValueError("a teacher has no student")
+        return float(process.time_from_ratio(torch.tensor(self.sigma_init, dtype=torch.float64))), False
+
+    def begun(self, _process: Process, sigma_init: float) -> "Spec":
+        return replace(self, sigma_init=sigma_init)
+
+    def begun_flow(self, view: TrigFlowView, _guidance: float) -> "Spec":
+        last = torch.tensor(view.process.t_max, dtype=torch.float64)
+        return replace(self, sigma_init=float(view.process.ratio(last)))
 
     def encode(self, pictures: Tensor) -> Tensor:
         return pictures
