@@ -52,8 +52,9 @@ class Record(metaclass=_Sealed):
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """A torch module's parameters and buffers under the names of its ``state_dict``."""
-        own = {**self.state["_parameters"], **self.state["_buffers"]}
-        found = {prefix + name: value for name, value in own.items() if value is not None}
+        own = self.state["_parameters"] | self.state["_buffers"]
+        passing = self.state["_non_persistent_buffers_set"]
+        found = {prefix + name: value for name, value in own.items() if value is not None and name not in passing}
         for name, module in self.modules.items():
             found |= module.tensors(f"{prefix}{name}.")
         return found
@@ -99,7 +100,15 @@ class _TensorOf(_Call):
         if not isinstance(storage, torch.TypedStorage):
             raise pickle.UnpicklingError("it has a tensor without numbers")
         flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)  # type: ignore[call-overload]
-        return flat.as_strided(size, stride, offset).clone()
+        return flat.as_strided(size, stride, offset)
+
+
+class _Encode(_Call):
+    def __call__(self, text: str, encoding: str) -> bytes:
+        """In the place of _codecs.encode, with which old protocols write bytes."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
+        return text.encode("latin1")
 
 
 class _Parameter(_Call):
@@ -129,10 +138,10 @@ class _Unpickler(pickle.Unpickler):
                 return dict
             case ("builtins", "set") | ("__builtin__", "set"):
                 return set
-            case "_codecs", "encode":  # how old protocols write an array's bytes
-                return super().find_class(module, name)
-            case "torch", _ if isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
+            case "_codecs", "encode":
+                return _Encode()
+            case "torch", _ if isinstance(vars(torch).get(name), torch.dtype):
+                return vars(torch)[name]
         if re.fullmatch(r"torch\.nn\.modules\.\w+", module) and name.isidentifier():
             return _record_class(name)
         if module.partition(".")[0] == "numpy" and name in NUMPY:

@@ -35,6 +35,8 @@ def load_class_conditional(path: str | Path) -> tuple[Denoiser, embedded.Spec]:
 def load(path: str | Path) -> tuple[Denoiser, embedded.Spec | SanaSpec]:
     """The denoiser at ``path`` in float32, and what its folder says of it. UserError if there is none."""
     folder = resolve(path)
+    if folder.suffix == ".pkl":
+        raise UserError(f"teacher {path}: a pickle; convert it: python -m models.teachers.edm {path} FOLDER")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"teacher {path}: {folder} has no model_index.json; give a folder that this project exported")
     try:

@@ -129,11 +129,11 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool) -> None:
         super().__init__()
-        self.half, self.endpoint = channels // 2, endpoint
+        self.count, self.endpoint = channels // 2, endpoint
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=t.dtype, device=t.device)
-        return (1 / 10000) ** (steps / (self.half - self.endpoint))
+        steps = torch.arange(self.count, dtype=t.dtype, device=t.device)
+        return (1 / 10000) ** (steps / (self.count - self.endpoint))
 
 
 def one_hot(labels: Tensor | None, count: int, like: Tensor) -> Tensor:
@@ -248,9 +248,10 @@ class SongUNet(_UNet):
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
         super().__init__()
-        kinds = (embedding_type, encoder_type, decoder_type)
-        if not (kinds[0] in ("positional", "fourier") and kinds[1] in ("standard", "residual") and kinds[2] == "standard"):
-            raise ValueError(f"embedding, encoder and decoder of the types {kinds} are in no published checkpoint")
+        if embedding_type not in ("positional", "fourier"):
+            raise ValueError(f"embedding_type {embedding_type}: published checkpoints have positional or fourier")
+        if encoder_type not in ("standard", "residual") or decoder_type != "standard":
+            raise ValueError(f"encoder {encoder_type}, decoder {decoder_type}: no published checkpoint has these")
         noise, emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
         positional = embedding_type == "positional"
         self.map_noise = PositionalEmbedding(noise, endpoint=True) if positional else FourierEmbedding(noise)
