@@ -129,7 +129,7 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, spec = class_teacher(config)
+    denoiser, _ = class_teacher(config)
     embeddings = cast(PatchUNet, denoiser.network).class_embeddings().detach()
     owner = multi_student.student_of_class(settings, embeddings)
     chosen = range(settings.students) if settings.only is None else [settings.only]

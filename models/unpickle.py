@@ -67,6 +67,8 @@ class _Call(metaclass=_Sealed):
 
 
 class _Persistent(_Call):
+    __slots__ = ()
+
     def __call__(self, meta: Any) -> Record:
         """In the place of torch_utils.persistence._reconstruct_persistent_obj, which would execute the source."""
         known = isinstance(meta, dict) and {"type", "version", "class_name", "state"} <= meta.keys()
@@ -80,6 +82,8 @@ class _Persistent(_Call):
 
 
 class _Storage(_Call):
+    __slots__ = ()
+
     def __call__(self, content: bytes) -> torch.TypedStorage:
         """In the place of torch.storage._load_from_bytes, which would unpickle anything."""
         try:
@@ -95,6 +99,8 @@ class _Storage(_Call):
 
 
 class _TensorOf(_Call):
+    __slots__ = ()
+
     def __call__(self, storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
         """In the place of torch._utils._rebuild_tensor_v2, without its hooks and with a check of the bounds."""
         if not isinstance(storage, torch.TypedStorage):
@@ -104,6 +110,8 @@ class _TensorOf(_Call):
 
 
 class _Encode(_Call):
+    __slots__ = ()
+
     def __call__(self, text: str, encoding: str) -> bytes:
         """In the place of _codecs.encode, with which old protocols write bytes."""
         if encoding != "latin1":
@@ -112,6 +120,8 @@ class _Encode(_Call):
 
 
 class _Parameter(_Call):
+    __slots__ = ()
+
     def __call__(self, data: Any, *_: Any) -> Tensor:
         """In the place of torch._utils._rebuild_parameter."""
         if not isinstance(data, Tensor):
