@@ -171,6 +171,26 @@ def test_outputs_are_those_of_the_original_networks(name: str):
     assert sum(parameter.numel() for parameter in unet.parameters()) == count
 
 
+CIFAR = {"img_resolution": 32, "in_channels": 3, "out_channels": 3, "augment_dim": 9, "channel_mult": [2, 2, 2]}
+IMAGENET = {"img_resolution": 64, "img_channels": 4, "label_dim": 1000}
+PUBLISHED = [
+    (partial(SongUNet, **CIFAR), 56),
+    (partial(SongUNet, **CIFAR, **NCSNPP), 56),
+    (partial(DhariwalUNet, 64, 3, 3, label_dim=1000), 296),
+    *(
+        (partial(EDM2UNet, **IMAGENET, model_channels=c), m)
+        for c, m in [(128, 125), (192, 280), (256, 498), (448, 1523)]
+    ),
+]
+"""Architectures of the papers, and the millions of parameters that they state."""
+
+
+@pytest.mark.parametrize(("make", "millions"), PUBLISHED)
+def test_published_architectures_have_the_stated_size(make: Callable[..., UNet], millions: int):
+    with torch.device("meta"):
+        assert round(sum(parameter.numel() for parameter in make().parameters()) / 1e6) == millions
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_nothing(name: str):
     x, t, cond = inputs()
@@ -193,6 +213,8 @@ def test_edm2s_weights_keep_unit_length_in_training_and_two_passes_share_one_bac
         if name.endswith("weight"):
             length = weight.detach().flatten(1).square().mean(1).sqrt()
             assert bool((length - 1).abs().max() < 1e-3), name
+    primal, _ = torch.func.jvp(lambda x: denoiser.denoise(x, t, cond), (x,), (x,))
+    assert torch.equal(primal, denoiser.denoise(x, t, cond))
 
 
 # --------------------------------------------------------------------------------------------------- reading files

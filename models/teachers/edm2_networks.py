@@ -66,8 +66,10 @@ class MPConv(nn.Module):
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         dims = list(range(1, self.weight.ndim))
         if self.training:
-            # Past autograd, which would take it for a change between two forward passes and their backward pass.
-            self.weight.data.copy_(normalize(self.weight.detach(), dims))
+            # Past autograd, which would take it for a change between two forward passes and their backward pass, and
+            # past forward-mode differentiation, which refuses to write.
+            with torch._C._DisableFuncTorch():
+                self.weight.data.copy_(normalize(self.weight.detach(), dims))
         weight = normalize(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
         if weight.ndim == 2:
             return x @ weight.to(x.dtype).T
