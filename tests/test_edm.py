@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from distill.run import train as run_training
@@ -25,13 +26,14 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.derivatives import jvp
 from models.errors import UserError
+from models.multi_student import MultiStudent, assemble
 from models.process import EDM
 from models.seeds import Draws
 from models.student import OneStepStudent
 from models.teachers import edm, load
 from models.teachers.edm2_networks import EDM2UNet
 from models.teachers.edm_networks import DhariwalUNet, SongUNet
-from models.teachers.embedded import PatchUNet
+from models.teachers.embedded import PatchUNet, Spec
 from tests.tiny import settings
 
 UNet = SongUNet | DhariwalUNet | EDM2UNet
@@ -429,6 +431,18 @@ def test_students_give_the_same_pixels_in_a_process_without_this_project(checkpo
         with torch.no_grad():
             ours = OneStepStudent(denoiser, 2.5)(z, cond)
         np.testing.assert_allclose(np.load(f"{folder}.npy"), ours.numpy(), atol=1e-5)
+
+
+def test_several_students_load_with_stock_diffusers(tmp_path: Path):
+    for seed in (0, 1):
+        spec = Spec(1, 5, 3, 16, 0.5, 2.5, list("abcde"))
+        spec.save(tmp_path / f"part{seed}", as_denoiser(new("ncsnpp", seed)).network, "")
+    assemble(tmp_path / "student", [tmp_path / "part0", tmp_path / "part1"], [0, 0, 1, 1, 1], "card")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "student", trust_remote_code=True)
+    classes, z = [4, 0, 2], torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = MultiStudent(tmp_path / "student").generate(z, Condition(class_ids=torch.tensor(classes)))
+    found = pipe(classes, latents=z, output_type="pt").images
+    assert float((found - expected).abs().max()) <= 1e-5
 
 
 def settings_of(teacher: Path, base: Path, **gan: Any) -> int:

@@ -3,8 +3,8 @@
     python -m models.teachers.edm edm-cifar10-32x32-cond-vp.pkl cifar10
 
 Nothing of the file is executed. An unconditional network is one of a single class, as pictures without classes are. A
-conditional one takes zeros for no class, as its own code does; EDM's were not trained to, so guidance is for EDM2's
-kind at most.
+conditional one takes zeros for no class, as its own code does; the published ones never saw that in training, so
+classifier-free guidance with them means nothing.
 """
 
 from dataclasses import dataclass
