@@ -292,10 +292,9 @@ def load_teacher(
         return denoiser, spec
     if isinstance(config.data, SolidsData) or getattr(config.data, "caption_column", None):
         raise UserError(f"data: pictures with captions, but the teacher {teacher.path} knows classes")
-    if spec.num_classes == 0:
-        if teacher.guidance != 1 or config.classes is not None:
-            raise UserError(f"teacher: {teacher.path} knows no classes: leave out guidance and classes")
-    elif len(class_names) > spec.num_classes:
+    if spec.num_classes == 1 and teacher.guidance != 1:
+        raise UserError(f"teacher.guidance: {teacher.path} knows no classes, hence no guidance: give 1")
+    if len(class_names) > spec.num_classes:
         raise UserError(f"data: {len(class_names)} classes, but the teacher {teacher.path} knows {spec.num_classes}")
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")

@@ -24,7 +24,7 @@ from models.errors import UserError, run_command
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
-from models.teachers.base import ClassSpec, Spec, TextSpec
+from models.teachers.base import Spec, TextSpec
 
 ROUGH = 0x11E5
 """Sets the random numbers of lines apart from those of a turn."""
@@ -45,8 +45,6 @@ class Batch:
         """As the teacher sees it: pictures encoded, captions embedded, and, if it follows them, lines as a hand draws
         them; which hand, ``seeds`` (one a picture) say."""
         cond = spec.text(self.captions) if isinstance(spec, TextSpec) else self.cond
-        if isinstance(spec, ClassSpec) and spec.num_classes == 0:
-            cond = Condition()
         if isinstance(spec, TextSpec) and spec.control is not None:
             draws = Draws([mix(seed, ROUGH) for seed in seeds], self.images.device)
             cond = replace(cond, control=roughened(edges(self.images), draws))
@@ -399,15 +397,13 @@ class StreamedPictures:
 
 
 class Classes:
-    """Conditions alone: classes drawn uniformly, of all ``count`` or of ``only``; none of none."""
+    """Conditions alone: classes drawn uniformly, of all ``count`` or of ``only``."""
 
     def __init__(self, count: int, only: list[int] | None = None):
         self.ids = torch.tensor(range(count) if only is None else only)
 
     def sample(self, draws: Draws) -> Condition:
         """One condition for each row of ``draws``."""
-        if len(self.ids) == 0:
-            return Condition()
         index = (draws.uniform() * len(self.ids)).long().clamp(max=len(self.ids) - 1)
         return Condition(class_ids=self.ids.to(index.device)[index])
 

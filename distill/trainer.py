@@ -74,7 +74,7 @@ class Trainer:
         parameters = [p for p in network.parameters() if p.requires_grad]
         if settings.eight_bit:
             try:
-                from bitsandbytes.optim import AdamW8bit
+                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
             except ImportError as error:
                 raise UserError("eight_bit needs the library bitsandbytes: pip install bitsandbytes") from error
             return AdamW8bit(parameters, settings.lr, betas, settings.eps, decay)

@@ -48,6 +48,8 @@ def load(
     ``size`` (pixels) and ``tokens`` of a prompt are a diffusers family's own unless told otherwise.
     """
     folder = resolve(path)
+    if folder.suffix == ".pkl":
+        raise UserError(f"teacher {path}: a pickle; convert it: python -m models.teachers.edm {path} FOLDER")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"teacher {path}: {folder} has no model_index.json; give a pipeline folder of diffusers")
     try:

@@ -63,13 +63,12 @@ class Spec(Protocol):
 
 
 class ClassSpec(ABC):
-    """Of a network that is asked for classes, or for nothing at all.
+    """Of a network that is asked for classes; one without a condition is asked for its only class.
 
-    num_classes:   0 for one without a condition
     sigma_init:    noise level that a student starts at; None for a teacher
     sigma_data:    standard deviation of x0 that the network's preconditioning assumes
     student_of_class:  with several students, the number of each class's own; None for one
-    class_names:   in the order of their ids; empty without a condition
+    class_names:   in the order of their ids
     """
 
     num_classes: int
