@@ -66,7 +66,7 @@ from models import autoencoder
 from models.adapters import Adapted, checkpointed
 from models.autoencoder import PictureSpec
 from models.controlnet import BranchAlone, SanaControlBranch, edges
-from models.denoiser import Denoiser, Guided
+from models.denoiser import CoreNetwork, Denoiser, Guided
 from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
 from models.process import EDM
@@ -355,12 +355,13 @@ def build_ratio(settings: MatchingMethod) -> Ratio | None:
 
 def with_checkpointing(networks: dict[str, nn.Module]) -> None:
     """Make networks that come from diffusers recompute their activations; UserError if none can."""
-    found = [module for network in networks.values() for module in network.modules() if hasattr(module, "core")]
+    modules = [module for network in networks.values() for module in network.modules()]
+    found = [module for module in modules if isinstance(module, CoreNetwork)]
     for network in found:
         if isinstance(network, Adapted):
             checkpointed(network.network)
         else:
-            cast(Any, network).core.enable_gradient_checkpointing()
+            network.core.enable_gradient_checkpointing()
     if not found:
         raise UserError("train.gradient_checkpointing: no network of this run can recompute its activations")
 

@@ -179,6 +179,8 @@ class Train(Schema):
 
     channels_last: bool = False
     """Memory layout of the convolutions' weights."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: a copy of every network in each process; fsdp2: networks of diffusers are divided over the processes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time, far less memory."""
     compile: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.adapters import merged, save_lora
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.folders import replace_folder
 from models.parameterization import Prediction
@@ -35,7 +35,7 @@ DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
 """Words in the name of a checkpoint that needs no guidance and knows none."""
 
 
-class PipelineNetwork(nn.Module):
+class PipelineNetwork(CoreNetwork):
     """A pipeline's U-Net or transformer as ``network(x, t, cond)`` in the time of the checkpoint's own process.
 
     ``part`` is its name in the pipeline and here, so that blocks are named as in the checkpoint; ``factor`` the pixels

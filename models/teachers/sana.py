@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, Pr
 from models.adapters import merged, save_lora
 from models.condition import Condition
 from models.controlnet import SanaControlBranch
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
@@ -43,7 +43,7 @@ LONGEST = 300
 """Tokens of a prompt that Sana's pipelines read; a tokenizer's own ``model_max_length`` may be shorter."""
 
 
-class SanaNetwork(nn.Module):
+class SanaNetwork(CoreNetwork):
     """A SanaTransformer2DModel as ``network(x, t, cond)`` with t the flow time in [0, 1]; predicts the velocity.
 
     With a ``text_encoder`` (while it is trained too) ``cond.text`` holds token ids (B, L) in the place of embeddings.
