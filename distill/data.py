@@ -73,6 +73,10 @@ class Stream(Protocol):
 
     def next(self) -> Batch: ...
 
+    def resize(self, size: int) -> None:
+        """Batches of ``size`` from now on."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -345,6 +349,9 @@ class ShuffledStream:
         self._ahead = (self.position, self._pool.submit(self._load, self.position))
         return batch
 
+    def resize(self, size: int) -> None:
+        self.size, self._ahead = size, None
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
@@ -382,6 +389,9 @@ class StreamedPictures:
             self.dataset.set_epoch(self.epoch)
             self._rows = iter(self.dataset)
         return self.columns.collate(rows, self.shape)
+
+    def resize(self, size: int) -> None:
+        self.size = size
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}

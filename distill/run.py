@@ -240,6 +240,6 @@ def dry_run(config: Config) -> int:
         return 0
     _, plan = plan_students(config, config.method)
     stages = {run.output.name: estimate(trainer) for run, trainer in _rehearse(next(iter(plan.values())))}
-    hours = sum(stage["hours"] for stage in stages.values())
+    hours = sum(stage["hours"] or 0 for stage in stages.values())
     print(json.dumps({"students": len(plan), "hours": round(len(plan) * hours, 3), "stages": stages}, indent=2))
     return 0

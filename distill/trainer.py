@@ -42,7 +42,7 @@ class Trainer:
         train, device = config.train, accelerator.device
         self.spec = spec.to(device)
         self.step, self.micro_batches = 0, train.gradient_accumulation_steps
-        self.size = train.batch_size // (accelerator.num_processes * self.micro_batches)
+        self.size: int = train.batch_size // (accelerator.num_processes * self.micro_batches)
         self.bare: dict[str, nn.Module] = dict(method.networks)
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}

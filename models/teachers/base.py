@@ -57,6 +57,10 @@ class Spec(Protocol):
         """The same with its frozen networks on ``device``."""
         ...
 
+    def parts(self) -> list[nn.Module]:
+        """Its frozen networks."""
+        ...
+
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None:
         """Write ``network`` as a folder that stock diffusers loads, with ``card`` as its README.md."""
         ...
@@ -111,6 +115,9 @@ class ClassSpec(ABC):
 
     @abstractmethod
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None: ...
+
+    def parts(self) -> list[nn.Module]:
+        return []
 
     @abstractmethod
     def beginning(self, process: Process) -> tuple[float, bool]:
@@ -186,6 +193,9 @@ class TextSpec(ABC):
 
     @abstractmethod
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None: ...
+
+    def parts(self) -> list[nn.Module]:
+        return []
 
     @property
     @abstractmethod

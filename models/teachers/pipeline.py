@@ -250,10 +250,12 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         self.place[0] = torch.device(device)
         self._null.clear()
         if not self.offload:
-            for part in self.pipe.components.values():
-                if isinstance(part, nn.Module):
-                    part.to(device)
+            for part in self.parts():
+                part.to(device)
         return self
+
+    def parts(self) -> list[nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
