@@ -278,7 +278,7 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         names = [name for name in self.pipe.components if name.startswith("text_encoder")]
         self.pipe.register_modules(**dict.fromkeys(names))
         if pictures:
-            self.pipe.vae.encoder = None
+            self.pipe.vae.encoder = nn.Identity()  # an autoencoder's own methods look for its parts
         return replace(self, texts=texts)
 
     def _whole(self) -> Any:
