@@ -162,13 +162,14 @@ class Writer:
 
     def _shard(self, number: int, indices: list[int], pool: ThreadPoolExecutor) -> None:
         batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
-        ahead = pool.submit(self._get, batches[0])
+        filled = [part + part[-1:] * (self.batch - len(part)) for part in batches]  # a smaller one is rounded otherwise
+        ahead = pool.submit(self._get, filled[0])
         with write_shard(self.folder, number) as shard:
             for i, part in enumerate(batches):
                 batch = ahead.result()
                 if i + 1 < len(batches):
-                    ahead = pool.submit(self._get, batches[i + 1])
-                for index, files in zip(part, self._encode(batch), strict=True):
+                    ahead = pool.submit(self._get, filled[i + 1])
+                for index, files in zip(part, self._encode(batch), strict=False):
                     shard.add(index, files)
 
     def _get(self, indices: list[int]) -> Batch | list[str]:
