@@ -17,7 +17,7 @@ from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
-from distill.settings import Config, MultiStudent, write_config
+from distill.settings import Config, MultiStudent, PrecomputedData, write_config
 from distill.trainer import Trainer
 from models.adapters import merged
 from models.errors import UserError
@@ -222,7 +222,9 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
         teacher,
         settings.num_images,
         teacher_steps=settings.teacher_steps,
-        training=stream.pictures if isinstance(stream, ShuffledStream) else None,
+        training=stream.pictures
+        if isinstance(stream, ShuffledStream) and not isinstance(config.data, PrecomputedData)
+        else None,
         grid=folder / "grid.png",
     )
     report.write(result, folder, config.output)

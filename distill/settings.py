@@ -106,7 +106,23 @@ class ConditionsOnly(Schema):
     """Text file with a prompt in each line, for teachers that are asked for prompts; classes need none."""
 
 
-Data = Annotated[FashionMNISTData | ImageFolderData | HFData | SolidsData | ConditionsOnly, Field(discriminator="kind")]
+class PrecomputedData(Schema):
+    """Latents and text embeddings that `python -m distill.precompute` made, of pictures or of prompts alone.
+
+    Neither autoencoder nor text encoder is asked in training; a student is asked for the prompts of all samples.
+    """
+
+    kind: Literal["precomputed"] = "precomputed"
+    path: Path
+    """The folder."""
+    streaming: bool = False
+    """Read shard after shard, in a random order, for data that do not fit into memory; false: anything at any time."""
+
+
+Data = Annotated[
+    FashionMNISTData | ImageFolderData | HFData | SolidsData | ConditionsOnly | PrecomputedData,
+    Field(discriminator="kind"),
+]
 
 
 class Teacher(Schema):
@@ -124,6 +140,9 @@ class Teacher(Schema):
     """Pipeline folder with all the rest, where `path` is a single .safetensors file of the network."""
     offload: bool = False
     """Keep text encoders and autoencoder on the CPU."""
+    cache: Path | None = None
+    """Folder for the float32 embeddings of all prompts, encoded once, after which the text encoders are dropped; null:
+    they are encoded as they are needed."""
 
 
 class LoRA(Schema):

@@ -7,11 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary file of this process's own."""
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary file of this process's own that becomes ``path``, on the disk, when the block ends well."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` through a temporary file."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def partial_folder(folder: Path) -> Path:

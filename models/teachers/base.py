@@ -1,7 +1,7 @@
 """What the rest of the project knows of a checkpoint beside its denoiser."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -64,6 +64,19 @@ class Spec(Protocol):
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None:
         """Write ``network`` as a folder that stock diffusers loads, with ``card`` as its README.md."""
         ...
+
+
+class Texts:
+    """Conditions of known prompts alone, for those whose text encoders are gone. ``get`` has them by their numbers."""
+
+    def __init__(self, prompts: Sequence[str], get: Callable[[list[int]], Condition]):
+        self.number, self.get = {prompt: i for i, prompt in enumerate(prompts)}, get
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """(B,) with their null; ValueError for a prompt that is not among them."""
+        if unknown := [prompt for prompt in prompts if prompt not in self.number]:
+            raise ValueError(f"the text encoders are gone, and no embedding is kept of the prompt '{unknown[0]}'")
+        return self.get([self.number[prompt] for prompt in prompts])
 
 
 class ClassSpec(ABC):
@@ -153,6 +166,7 @@ class TextSpec(ABC):
     control:     (n, 1, H, W) lines of the examples, for a network with a control branch
     guidable:    whether there is an unconditional answer, hence classifier-free guidance
     tellable:    whether a student of it can be told a guidance scale
+    texts:       the prompts that it still knows when its text encoders are gone; None: they are there
     """
 
     shape: tuple[int, int, int]
@@ -162,6 +176,7 @@ class TextSpec(ABC):
     control: Tensor | None = None
     guidable: bool = True
     tellable: bool = False
+    texts: Texts | None = None
 
     @property
     def student(self) -> bool:
@@ -205,6 +220,11 @@ class TextSpec(ABC):
     @abstractmethod
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
         """Conditions (B,) of prompts, with their null; ``guidance`` for networks that are told the scale."""
+
+    @abstractmethod
+    def without_encoders(self, texts: Texts, pictures: bool) -> Self:
+        """The same without its text encoders, which ``texts`` stand in for, and, if ``pictures``, without the
+        autoencoder's encoder: their memory is free once nobody holds this one. ``save`` reads them again."""
 
     @abstractmethod
     def beginning(self, process: Process) -> tuple[float, bool]:

@@ -23,7 +23,7 @@ from models.errors import UserError
 from models.folders import replace_folder
 from models.parameterization import Prediction
 from models.process import DiscreteVP, Process, RectifiedFlow
-from models.teachers.base import TextSpec
+from models.teachers.base import Texts, TextSpec
 from models.trigflow import TrigFlowView
 
 EXAMPLE = "a photo of a red apple on a wooden table"
@@ -31,6 +31,8 @@ SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
 MOST_STEPS = 4
 """A student's steps are 1 to this many."""
+FROM_FILES: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
+"""How a pipeline's parts are read."""
 DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
 """Words in the name of a checkpoint that needs no guidance and knows none."""
 
@@ -204,6 +206,7 @@ class PipelineSpec(TextSpec):
     examples: tuple[str, ...] = (EXAMPLE,)
     guidable: bool = True
     offload: bool = False
+    texts: Texts | None = None
     place: list[torch.device] = field(default_factory=lambda: [torch.device("cpu")], repr=False)
     _null: list[Condition] = field(default_factory=list, repr=False)
 
@@ -259,15 +262,35 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
-        encoders = self.pipe.vae.device
-        if not self._null and self.family.null_prompt is not None:
-            self._null.append(self.family.null(self.pipe, self.tokens, encoders).to(self.device))
-        cond = self.family.embed(self.pipe, list(prompts), self.tokens, encoders).to(self.device)
-        if self._null:
-            null = self._null[0]
-            cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask, null_pooled=null.pooled)
+        if self.texts is not None:
+            cond = self.texts(prompts).to(self.device)
+        else:
+            encoders = self.pipe.vae.device
+            if not self._null and self.family.null_prompt is not None:
+                self._null.append(self.family.null(self.pipe, self.tokens, encoders).to(self.device))
+            cond = self.family.embed(self.pipe, list(prompts), self.tokens, encoders).to(self.device)
+            if self._null:
+                null = self._null[0]
+                cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask, null_pooled=null.pooled)
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.device)
         return replace(cond, guidance=scale)
+
+    def without_encoders(self, texts: Texts, pictures: bool) -> "PipelineSpec":
+        """Of all that share this one's ``pipe`` too."""
+        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        self.pipe.register_modules(**dict.fromkeys(names))
+        if pictures:
+            self.pipe.vae.encoder = nn.Identity()  # an autoencoder's own methods look for its parts
+        return replace(self, texts=texts)
+
+    def _whole(self) -> Any:
+        """The pipeline with all of its parts but the network."""
+        if self.texts is None:
+            return self.pipe
+        kept = {name: part for name, part in self.pipe.components.items() if name == "scheduler"}
+        unsafe = {"safety_checker": None, "requires_safety_checker": False}
+        parts = kept | {self.family.part: None} | (unsafe if "safety_checker" in self.pipe.components else {})
+        return type(self.pipe).from_pretrained(self.source, **parts, **FROM_FILES)
 
     def beginning(self, _process: Process) -> tuple[float, bool]:
         if self.times is None:
@@ -288,13 +311,14 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         config = self.pipe.scheduler.config
         scheduler = one_step_scheduler(self.process, config) if self.times else self.pipe.scheduler
         own = {"times": self.times, "guidance": self.guidance, "examples": self.examples, "tokens": self.tokens}
+        pipe = self._whole()
         with replace_folder(folder) as temporary:
-            before = self.pipe.scheduler
-            self.pipe.register_modules(**{self.family.part: whole.core, "scheduler": scheduler})
+            before = pipe.scheduler
+            pipe.register_modules(**{self.family.part: whole.core, "scheduler": scheduler})
             try:
-                self.pipe.save_pretrained(temporary, safe_serialization=True)
+                pipe.save_pretrained(temporary, safe_serialization=True)
             finally:
-                self.pipe.register_modules(**{self.family.part: None, "scheduler": before})
+                pipe.register_modules(**{self.family.part: None, "scheduler": before})
             save_lora(temporary, self.family.part, network)
             (temporary / "studio.json").write_text(json.dumps(own | {"shape": self.shape}, indent=2) + "\n")
             (temporary / "README.md").write_text(card)
@@ -310,8 +334,7 @@ def load(
     unsafe: dict[str, Any] = {}
     if "safety_checker" in json.loads((folder / "model_index.json").read_text()):
         unsafe = {"safety_checker": None, "requires_safety_checker": False}
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
-    pipe: Any = pipeline.from_pretrained(folder, **options, **unsafe)
+    pipe: Any = pipeline.from_pretrained(folder, **FROM_FILES, **unsafe)
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
     core, latents = getattr(pipe, family.part), Latents(pipe.vae)

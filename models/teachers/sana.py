@@ -34,7 +34,7 @@ from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
-from models.teachers.base import TextSpec
+from models.teachers.base import Texts, TextSpec
 from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
@@ -127,6 +127,7 @@ class SanaSpec(TextSpec):
     examples:      prompts of sample grids
     joint:         prompts become token ids: the network holds the text encoder itself
     control:       (n, 1, H, W) in [-1, 1]: lines of the examples, for a network with a control branch
+    source:        the folder that it was read from; None for a new one
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,6 +142,8 @@ class SanaSpec(TextSpec):
     tellable: bool = True
     joint: bool = False
     control: Tensor | None = None
+    source: Path | None = None
+    texts: Texts | None = None
     _null: list[Condition] = field(default_factory=list, repr=False)
 
     @property
@@ -234,11 +237,20 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
         """Conditions for prompts, with the empty prompt as their null; on the autoencoder's device."""
-        if not self._null:
-            self._null.append(self._embed([""]))
-        null, cond = self._null[0], self._embed(prompts)
+        if self.texts is not None:
+            cond = self.texts(prompts).to(self.vae.device)
+        else:
+            if not self._null:
+                self._null.append(self._embed([""]))
+            null, cond = self._null[0], self._embed(prompts)
+            cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask)
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.vae.device)
-        return replace(cond, null_text=null.text, null_text_mask=null.text_mask, guidance=scale)
+        return replace(cond, guidance=scale)
+
+    def without_encoders(self, texts: Texts, pictures: bool) -> "SanaSpec":
+        if pictures:
+            cast(nn.Module, self.vae).encoder = nn.Identity()
+        return replace(self, text_encoder=nn.Identity(), texts=texts)
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Condition:
@@ -264,11 +276,13 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
         """Write ``folder`` through a temporary one, as SanaPipeline (teacher) or SanaSprintPipeline (student)."""
         adapted, network = network, merged(network)
         assert isinstance(network, SanaNetwork)
-        text_encoder = network.text_encoder or self.text_encoder
+        text_encoder, vae = network.text_encoder or self.text_encoder, self.vae
+        if self.texts is not None and self.source is not None:
+            text_encoder, vae = _frozen_parts(self.source)
         parts: dict[str, Any] = {
             "tokenizer": self.tokenizer,
             "text_encoder": text_encoder,
-            "vae": self.vae,
+            "vae": vae,
             "transformer": network.transformer,
         }
         if self.times is None:
@@ -293,13 +307,19 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
             (temporary / "README.md").write_text(card)
 
 
+def _frozen_parts(folder: Path) -> tuple[nn.Module, AutoencoderDC]:
+    """Text encoder and autoencoder."""
+    vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
+    text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    return text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
 def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
     """The denoiser and everything else in ``folder``, in float32 and evaluation mode."""
     transformer = SanaTransformer2DModel.from_pretrained(
         folder / "transformer", use_safetensors=True, torch_dtype=torch.float32
     )
-    vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
-    text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    text_encoder, vae = _frozen_parts(folder)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
@@ -316,8 +336,8 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
         times = (TrigFlow(sigma_data).t_max, *later)
     spec = SanaSpec(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder.requires_grad_(False).eval(),
-        vae=vae.requires_grad_(False).eval(),
+        text_encoder=text_encoder,
+        vae=vae,
         shape=(config["in_channels"], side, side),
         flow_shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)) or 1.0,
         times=times,
@@ -325,6 +345,7 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
         guidance=own.get("guidance", 4.5),
         examples=tuple(own.get("examples", (EXAMPLE,))),
         control=lines,
+        source=folder,
     )
     return denoiser(SanaNetwork(transformer, control=branch), spec.flow_shift).eval(), spec
 
