@@ -10,10 +10,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers.loaders import FromOriginalModelMixin
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.adapters import merged, save_lora
@@ -120,6 +124,11 @@ def process_of(scheduler: dict[str, Any], tokens: int) -> tuple[Process, Predict
     return DiscreteVP(table), kinds[kind]
 
 
+def scheduler_config(pipe: Any) -> dict[str, Any]:
+    """With its class's name."""
+    return dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
+
+
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -185,8 +194,75 @@ class Latents:
         return (pictures.squeeze(2) if self.video else pictures).float().to(latents.device)
 
 
+class Stock:
+    """What checkpoints in stock pipelines have in common, whatever they are asked for.
+
+    ``pipe`` is the pipeline without its network, which is called ``part`` there; ``times`` are a student's, None for a
+    teacher.
+    """
+
+    pipe: Any
+    process: Process
+    shape: tuple[int, int, int]
+    times: tuple[float, ...] | None
+
+    @property
+    @abstractmethod
+    def part(self) -> str: ...
+
+    @property
+    def student(self) -> bool:
+        return self.times is not None
+
+    @property
+    def latents(self) -> Latents | None:
+        """None for a network that makes pixels."""
+        vae = self.pipe.components.get("vae")
+        return None if vae is None else Latents(vae)
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        if (latents := self.latents) is None:
+            return self.shape
+        return 3, latents.factor * self.shape[1], latents.factor * self.shape[2]
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures if (latents := self.latents) is None else latents.encode(pictures)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0 if (latents := self.latents) is None else latents.decode(x0)
+
+    def beginning(self, _process: Process) -> tuple[float, bool]:
+        if self.times is None:
+            raise ValueError("a teacher has no student")
+        return self.times[0], True
+
+    def begun(self, _process: Process, _sigma_init: float) -> Self:
+        """It starts at the process's last time, as stock pipelines do."""
+        return replace(cast(Any, self), times=step_times(self.process))
+
+    def begun_flow(self, _view: TrigFlowView, _guidance: float) -> Self:
+        return replace(cast(Any, self), times=step_times(self.process))
+
+    def write(self, folder: Path, network: nn.Module, card: str, own: dict[str, Any]) -> None:
+        """A stock pipeline folder with ``own`` in studio.json, and ``pytorch_lora_weights.safetensors`` beside it for a
+        LoRA student."""
+        whole, before = cast(Any, merged(network)), self.pipe.scheduler
+        scheduler = one_step_scheduler(self.process, before.config) if self.times else before
+        with replace_folder(folder) as temporary:
+            self.pipe.register_modules(**{self.part: whole.core, "scheduler": scheduler})
+            try:
+                self.pipe.save_pretrained(temporary, safe_serialization=True)
+            finally:
+                self.pipe.register_modules(**{self.part: None, "scheduler": before})
+            save_lora(temporary, self.part, network)
+            text = json.dumps(own | {"times": self.times, "shape": self.shape}, indent=2)
+            (temporary / "studio.json").write_text(text + "\n")
+            (temporary / "README.md").write_text(card)
+
+
 @dataclass(frozen=True)
-class PipelineSpec(TextSpec):
+class PipelineSpec(Stock, TextSpec):
     """What a pipeline folder holds beside its network. ``pipe`` is the stock pipeline, without it.
 
     ``tokens`` of a prompt; ``offload`` keeps text encoders and autoencoder on the CPU, which are the slower then, and
@@ -208,13 +284,8 @@ class PipelineSpec(TextSpec):
     _null: list[Condition] = field(default_factory=list, repr=False)
 
     @property
-    def latents(self) -> Latents:
-        return Latents(self.pipe.vae)
-
-    @property
-    def picture(self) -> tuple[int, int, int]:
-        factor = self.latents.factor
-        return 3, factor * self.shape[1], factor * self.shape[2]
+    def part(self) -> str:
+        return self.family.part
 
     @property
     def device(self) -> torch.device:
@@ -236,12 +307,6 @@ class PipelineSpec(TextSpec):
 
 pipe = {name}.from_pretrained("PATH")
 image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.latents.encode(pictures)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return self.latents.decode(x0)
 
     def preview(self, count: int) -> Condition:
         return self.text([self.examples[i % len(self.examples)] for i in range(count)])
@@ -267,62 +332,73 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.device)
         return replace(cond, guidance=scale)
 
-    def beginning(self, _process: Process) -> tuple[float, bool]:
-        if self.times is None:
-            raise ValueError("a teacher has no student")
-        return self.times[0], True
-
-    def begun(self, _process: Process, _sigma_init: float) -> "PipelineSpec":
-        """It starts at the process's last time, as stock pipelines do."""
-        return replace(self, times=step_times(self.process))
-
-    def begun_flow(self, _view: TrigFlowView, _guidance: float) -> "PipelineSpec":
-        return replace(self, times=step_times(self.process))
-
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
-        """A stock pipeline folder, and ``pytorch_lora_weights.safetensors`` beside it for a LoRA student."""
-        whole = merged(network)
-        assert isinstance(whole, PipelineNetwork)
-        config = self.pipe.scheduler.config
-        scheduler = one_step_scheduler(self.process, config) if self.times else self.pipe.scheduler
-        own = {"times": self.times, "guidance": self.guidance, "examples": self.examples, "tokens": self.tokens}
-        with replace_folder(folder) as temporary:
-            before = self.pipe.scheduler
-            self.pipe.register_modules(**{self.family.part: whole.core, "scheduler": scheduler})
-            try:
-                self.pipe.save_pretrained(temporary, safe_serialization=True)
-            finally:
-                self.pipe.register_modules(**{self.family.part: None, "scheduler": before})
-            save_lora(temporary, self.family.part, network)
-            (temporary / "studio.json").write_text(json.dumps(own | {"shape": self.shape}, indent=2) + "\n")
-            (temporary / "README.md").write_text(card)
+        own = {"guidance": self.guidance, "examples": self.examples, "tokens": self.tokens}
+        self.write(folder, network, card, own)
+
+
+def opened(folder: Path, pipeline: Any, part: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """The stock pipeline in ``folder``, frozen, in float32 and evaluation mode, and what studio.json says of it.
+
+    ``weights`` is a single file of the network ``part``, which the folder gives all the rest to.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    more: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
+    if "safety_checker" in index:
+        more |= {"safety_checker": None, "requires_safety_checker": False}
+    if weights is not None:
+        more[part] = single_file(weights, folder, part)
+    pipe: Any = pipeline.from_pretrained(folder, **more)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    studio = folder / "studio.json"
+    return pipe, json.loads(studio.read_text()) if studio.is_file() else {}
+
+
+def single_file(weights: Path, folder: Path, part: str) -> Any:
+    """The network in a .safetensors file, in diffusers' or in the original keys, built as ``folder/part`` says.
+
+    UserError if diffusers does not know its class's original keys, or if the file is of another network.
+    """
+    if not weights.is_file():
+        raise UserError(f"teacher.path: there is no file {weights}")
+    name = json.loads((folder / part / "config.json").read_text())["_class_name"]
+    kind = getattr(diffusers, name)
+    network, state = kind.from_config(kind.load_config(folder / part)), load_file(weights)
+    if state.keys() == network.state_dict().keys():
+        network.load_state_dict({key: value.float() for key, value in state.items()})
+        return network
+    if not issubclass(kind, FromOriginalModelMixin):
+        raise UserError(f"teacher.path: {weights} has other keys than {name}, whose original ones are not known")
+    options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True}
+    try:
+        return kind.from_single_file(str(weights), config=str(folder), subfolder=part, **options)
+    except (SingleFileComponentError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"teacher.path: {weights} is no {name} of {folder}/{part}: {reason}") from error
 
 
 def load(
-    folder: Path, pipeline: Any, family: type[PipelineNetwork], size: int | None = None, tokens: int | None = None
+    folder: Path,
+    pipeline: Any,
+    family: type[PipelineNetwork],
+    size: int | None = None,
+    tokens: int | None = None,
+    weights: Path | None = None,
 ) -> tuple[Denoiser, PipelineSpec]:
     """The denoiser and everything else of a folder of the stock class ``pipeline``, in float32 and evaluation mode.
 
     ``size`` is the side of its pictures in pixels, by default the checkpoint's own.
     """
-    unsafe: dict[str, Any] = {}
-    if "safety_checker" in json.loads((folder / "model_index.json").read_text()):
-        unsafe = {"safety_checker": None, "requires_safety_checker": False}
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
-    pipe: Any = pipeline.from_pretrained(folder, **options, **unsafe)
-    studio = folder / "studio.json"
-    own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    pipe, own = opened(folder, pipeline, family.part, weights)
     core, latents = getattr(pipe, family.part), Latents(pipe.vae)
     side = size // latents.factor if size else core.config.get("sample_size") or SIDE // latents.factor
     shape = cast(tuple[int, int, int], tuple(own["shape"]) if own and size is None else (latents.channels, side, side))
     if size and size % (2 * latents.factor):
         raise UserError(f"teacher.size: {size} is not a multiple of {2 * latents.factor} pixels")
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-    config = pipe.scheduler.config
-    distilled = any(word in str(folder.resolve().name).lower() for word in DISTILLED)
-    process, prediction = process_of(dict(config) | {"_class_name": type(pipe.scheduler).__name__}, _tokens(shape))
+    distilled = any(word in (weights or folder).resolve().name.lower() for word in DISTILLED)
+    process, prediction = process_of(scheduler_config(pipe), _tokens(shape))
     network = family(core, latents.factor)
     pipe.register_modules(**{family.part: None})
     spec = PipelineSpec(

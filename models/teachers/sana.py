@@ -35,6 +35,7 @@ from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
 from models.teachers.base import TextSpec
+from models.teachers.pipeline import single_file
 from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
@@ -290,10 +291,16 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
             (temporary / "README.md").write_text(card)
 
 
-def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
-    """The denoiser and everything else in ``folder``, in float32 and evaluation mode."""
-    transformer = SanaTransformer2DModel.from_pretrained(
-        folder / "transformer", use_safetensors=True, torch_dtype=torch.float32
+def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]:
+    """The denoiser and everything else in ``folder``, in float32 and evaluation mode.
+
+    ``weights`` is a single file of the transformer, in the place of the folder's.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    transformer = (
+        single_file(weights, folder, "transformer")
+        if weights
+        else SanaTransformer2DModel.from_pretrained(folder / "transformer", **options)
     )
     vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
     text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
