@@ -565,6 +565,8 @@ class Config(Schema):
     """The loop."""
     evaluation: Evaluation = Evaluation()
     """Scoring at the end."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Model repository, org/name, that the exported student is uploaded to at the end; null: none."""
 
 
 # --------------------------------------------------------------------------------------------- reading and errors
