@@ -25,8 +25,9 @@ from models.teachers import load, load_class_conditional
 from models.teachers.ddpm import DDPM
 from models.teachers.dit import DiT
 from models.teachers.pipeline import PipelineSpec
+from models.teachers.sana import SanaNetwork, SanaSpec
 from tests import families
-from tests.tiny import environment
+from tests.tiny import environment, save_sana
 
 PROMPT = "a red cube"
 TAPS = {
@@ -233,6 +234,61 @@ def test_students_train_and_stock_diffusers_gives_their_pixels(family: str, lora
         with torch.no_grad():
             untrained = own.one_step(before)(z, own.text([PROMPT] * 2))
         assert float((x0 - untrained).abs().max()) > 1e-4  # three steps have moved it
+
+
+SPRINT_STOCK = """
+import json, sys
+from functools import partial
+import numpy, torch
+from diffusers import SanaSprintPipeline
+for folder, times, guidance, arguments in json.load(open(sys.argv[1])):
+    pipe = SanaSprintPipeline.from_pretrained(folder)
+    pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, 1)
+    z = torch.load(folder + "/z.pt", weights_only=True)
+    pictures = pipe(latents=z, output_type="np", num_inference_steps=1, timesteps=[times[0], 0.0], max_timesteps=None,
+                    intermediate_timesteps=None, guidance_scale=guidance, **arguments).images
+    numpy.save(folder + "/whole.npy", pictures)
+assert not {"models", "distill", "eval"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_students_of_sana_train_and_stock_sprint_gives_their_pixels(lora: bool, tmp_path: Path) -> None:
+    """f-distill and sCM + LADD; a student that is told no guidance scale is one that no scale changes."""
+    teacher = save_sana(tmp_path / "teacher")
+    taps = ["transformer.transformer_blocks.0"]
+    f = {"kind": "f_distill", "critic_turns": 1, "bins": 2, "gan": {"taps": taps, "width": 8}}
+    sprint = {"kind": "consistency", "warmup_steps": 2, "guidance": [4.0] if lora else [4.0, 5.0],
+              "ladd": {"weight": 0.1, "taps": taps, "width": 8}}  # fmt: skip
+    jobs, mine = [], []
+    before, _ = load(teacher)
+    for number, method in enumerate((f, sprint)):
+        settings = values(tmp_path, teacher, f"run{number}", method, lora, 2.0 if number == 0 else 1.0)
+        settings["data"]["size"] = 32
+        assert train(check(settings, "test")) == 0
+        folder = tmp_path / f"run{number}" / "student"
+        assert (folder / "pytorch_lora_weights.safetensors").is_file() == lora
+        denoiser, spec = load(folder)
+        assert isinstance(spec, SanaSpec) and spec.times is not None and isinstance(denoiser.network, SanaNetwork)
+        assert denoiser.network.transformer.config["guidance_embeds"] == (number == 1 and not lora)
+        z = Draws([0, 1]).normal(*spec.shape)
+        with torch.no_grad():
+            x0 = spec.one_step(denoiser)(z, spec.text([PROMPT] * 2, spec.guidance))
+            untrained = spec.one_step(before)(z, spec.text([PROMPT] * 2))
+        assert float((x0 - untrained).abs().max()) > 1e-4
+        mine.append((spec.decode(x0) / 2 + 0.5).clamp(0, 1))
+        torch.save(z, folder / "z.pt")
+        _, height, width = spec.picture
+        arguments = {"prompt": [PROMPT] * 2, "height": height, "width": width, "use_resolution_binning": False,
+                     "complex_human_instruction": None, "max_sequence_length": spec.max_length}  # fmt: skip
+        jobs.append((str(folder), spec.times, spec.guidance, arguments))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    line = [sys.executable, "-c", SPRINT_STOCK, str(tmp_path / "jobs.json")]
+    result = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for (folder, *_), pictures in zip(jobs, mine, strict=True):
+        stock = torch.from_numpy(np.load(Path(folder) / "whole.npy")).permute(0, 3, 1, 2)
+        assert float((stock - pictures).abs().max()) < 1e-5
 
 
 def test_lora_teacher_is_the_base_and_each_turn_moves_its_own_matrices(tmp_path: Path) -> None:
