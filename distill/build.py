@@ -78,6 +78,7 @@ from models.scene import captions
 from models.student import OneStepStudent
 from models.teachers import base, load, sana
 from models.teachers.base import ClassSpec, Texts, TextSpec
+from models.teachers.class_pipeline import ClassPipelineSpec
 from models.teachers.embedded import PatchUNet, Spec
 from models.teachers.pipeline import PipelineSpec
 from models.teachers.sana import SanaNetwork, SanaSpec
@@ -292,7 +293,7 @@ def load_teacher(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(teacher.path, teacher.size, teacher.tokens, teacher.config)
-    if isinstance(spec, PipelineSpec):
+    if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
     if shape is not None and shape != spec.picture:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")

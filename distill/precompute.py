@@ -22,7 +22,7 @@ from distill.data import Pictures, ShuffledStream
 from distill.settings import ConditionsOnly, Config, PrecomputedData, check, override, read_values
 from models.errors import UserError, run_command
 from models.teachers.base import ClassSpec, TextSpec
-from models.teachers.pipeline import PipelineSpec
+from models.teachers.pipeline import Latents, Stock
 from models.teachers.sana import SanaSpec
 
 
@@ -61,8 +61,8 @@ def _source(config: Config) -> tuple[Pictures | Sequence[str], tuple[int, int, i
 def _scaling(spec: ClassSpec | TextSpec) -> dict[str, Any]:
     """How the autoencoder's latents became x0 = (latents - shift) * scale."""
     match spec:
-        case PipelineSpec():
-            return {"shift": spec.latents.mean.flatten().tolist(), "scale": spec.latents.scale.flatten().tolist()}
+        case Stock(latents=Latents(mean=mean, scale=scale)):
+            return {"shift": mean.flatten().tolist(), "scale": scale.flatten().tolist()}
         case SanaSpec():
             return {"shift": [0.0], "scale": [spec.vae.config["scaling_factor"]]}
         case _:

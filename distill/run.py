@@ -14,13 +14,15 @@ from accelerate import Accelerator, PartialState
 
 from distill import parallel
 from distill.build import build_method, build_stream, class_teacher
-from distill.card import model_card
+from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.settings import Config, MultiStudent, PrecomputedData, write_config
 from distill.trainer import Trainer
+from distill.upload import check_token, upload
 from models.adapters import merged
 from models.errors import UserError
+from models.folders import replace_text
 from models.multi_student import assemble
 from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
@@ -28,7 +30,7 @@ from models.teachers.embedded import PatchUNet, read_spec
 STOPPED = 130
 """Exit status after SIGTERM or Ctrl-C; everything is saved."""
 
-FREE_KEYS = {"output", "evaluation", "method.only"} | {
+FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
     f"train.{name}"
     for name in (
         "steps",
@@ -98,7 +100,9 @@ def check_same_run(config: Config) -> None:
 
 
 def train(config: Config) -> int:
-    """Train to the end, export the student and score it if asked to; returns the process's exit status."""
+    """Train to the end, export the student, score and upload it if asked to; returns the process's exit status."""
+    if config.push_to_hub is not None:
+        check_token(config.push_to_hub)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
     check_same_run(config)
@@ -126,9 +130,7 @@ def train(config: Config) -> int:
         elif config.train.parallel == "fsdp2":  # its parts are gathered
             merged(trainer.method.exported())
     if main:
-        print(f"student: {config.output / 'student'}")
-        if config.evaluation.num_images:
-            evaluate(config, trainer.stream)
+        publish(config, trainer.stream)
     trainer.accelerator.wait_for_everyone()
     return STOPPED if trainer.stopping else 0
 
@@ -200,10 +202,18 @@ def train_students(config: Config, settings: MultiStudent) -> int:
             raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
     spec = read_spec(parts[0] / "student")
     assemble(config.output / "student", [part / "student" for part in parts], owner, model_card(config, spec))
-    print(f"student: {config.output / 'student'}")
-    if config.evaluation.num_images:
-        evaluate(config)
+    publish(config)
     return 0
+
+
+def publish(config: Config, stream: Stream | None = None) -> None:
+    """Tell where the exported student is; score and upload it if that is asked for."""
+    student = config.output / "student"
+    print(f"student: {student}")
+    if config.evaluation.num_images:
+        evaluate(config, stream)
+    if config.push_to_hub is not None:
+        print(f"uploaded: {upload(student, config.push_to_hub)}")
 
 
 def evaluate(config: Config, stream: Stream | None = None) -> None:
@@ -214,7 +224,8 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
     from eval import fid, report
 
     folder = config.output / "report"
-    teacher = resolve(config.teacher.path) if config.teacher else None
+    whole = config.teacher is not None and config.teacher.config is None  # a single file has no folder to be scored
+    teacher = resolve(config.teacher.path) if config.teacher and whole else None
     settings = config.evaluation
     student = config.output / "student"
     result = fid.evaluate(
@@ -228,6 +239,7 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
         grid=folder / "grid.png",
     )
     report.write(result, folder, config.output)
+    replace_text(student / "README.md", (student / "README.md").read_text() + scores_table(result))
     print(report.as_text(result))
     print(f"report: {folder / 'report.html'}")
 

@@ -129,15 +129,15 @@ class Teacher(Schema):
     """The pretrained model."""
 
     path: str
-    """Folder of a teacher, or embedded:NAME for one that comes with the project."""
+    """Folder of a teacher, hub id org/name, single .safetensors file of the network, or embedded:NAME."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
     size: int | None = Field(default=None, gt=0)
     """Side of its pictures in pixels, for diffusers' families; null: the checkpoint's own."""
     tokens: int | None = Field(default=None, gt=0)
     """Tokens of a prompt, for encoders of any length; null: as the family's pipeline."""
-    config: Path | None = None
-    """Pipeline folder with all the rest, where `path` is a single .safetensors file of the network."""
+    config: str | None = None
+    """Pipeline folder or hub id with all the rest, where `path` is a single .safetensors file of the network."""
     offload: bool = False
     """Keep text encoders and autoencoder on the CPU."""
     cache: Path | None = None
@@ -586,6 +586,8 @@ class Config(Schema):
     """The loop."""
     evaluation: Evaluation = Evaluation()
     """Scoring at the end."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Model repository, org/name, that the exported student is uploaded to at the end; null: none."""
 
 
 # --------------------------------------------------------------------------------------------- reading and errors

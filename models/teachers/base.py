@@ -79,28 +79,28 @@ class Texts:
         return self.get([self.number[prompt] for prompt in prompts])
 
 
+def later_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """The second to last of ``steps`` step times; UserError if there are fewer."""
+    if steps > len(times):
+        raise UserError(f"method.student_steps: {steps}, but this student has times for {len(times)}")
+    return times[1:steps]
+
+
 class ClassSpec(ABC):
     """Of a network that is asked for classes; one without a condition is asked for its only class.
 
-    sigma_init:    noise level that a student starts at; None for a teacher
-    sigma_data:    standard deviation of x0 that the network's preconditioning assumes
     student_of_class:  with several students, the number of each class's own; None for one
     class_names:   in the order of their ids
     """
 
+    shape: tuple[int, int, int]
     num_classes: int
     class_names: list[str]
-    sigma_data: float
-    sigma_init: float | None
     student_of_class: list[int] | None = None
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def student(self) -> bool:
-        return self.sigma_init is not None
+    def student(self) -> bool: ...
 
     @property
     @abstractmethod
@@ -245,9 +245,7 @@ class TextSpec(ABC):
 
     def later(self, steps: int) -> tuple[float, ...]:
         """Times of a student's second to last of ``steps`` steps; UserError if it has fewer."""
-        if steps > len(self.times or ()):
-            raise UserError(f"method.student_steps: {steps}, but this student has times for {len(self.times or ())}")
-        return (self.times or ())[1:steps]
+        return later_times(self.times or (), steps)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of ``prompt`` that the tokenizer does not know; most spell out every word."""

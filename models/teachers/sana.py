@@ -35,6 +35,7 @@ from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
 from models.teachers.base import Texts, TextSpec
+from models.teachers.files import single_file
 from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
@@ -105,6 +106,15 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
         raise ValueError(f"the transformer does not fit its own class with guidance: {unexpected}, {missing}")
     start_guidance_embedding(grown.time_embed.guidance_embedder)
     return grown
+
+
+def without_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """The inverse of :func:`with_guidance` for one whose embedding of the scale was never trained."""
+    plain: Any = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=False)
+    state = {name.replace("time_embed.", "time_embed.emb."): value for name, value in transformer.state_dict().items()}
+    state |= {name: value for name, value in transformer.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict({name: value for name, value in state.items() if name in plain.state_dict()})
+    return plain
 
 
 LATER_TIMES = (1.3, 1.1, 0.6)
@@ -285,13 +295,15 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
             "vae": vae,
             "transformer": network.transformer,
         }
+        told = network.transformer.config["guidance_embeds"]
         if self.times is None:
             shift = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.flow_shift}
             pipeline: Any = SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**shift))
         else:
             scheduler: Any = SCMScheduler(sigma_data=self.sigma_data)
+            parts["transformer"] = with_guidance(network.transformer)  # SanaSprintPipeline always tells a scale
             pipeline = SanaSprintPipeline(**parts, scheduler=scheduler)
-        studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples}
+        studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples, "told": told}
         with replace_folder(folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
             if network.control is not None and self.control is not None:
@@ -314,15 +326,23 @@ def _frozen_parts(folder: Path) -> tuple[nn.Module, AutoencoderDC]:
     return text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
 
 
-def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
-    """The denoiser and everything else in ``folder``, in float32 and evaluation mode."""
-    transformer = SanaTransformer2DModel.from_pretrained(
-        folder / "transformer", use_safetensors=True, torch_dtype=torch.float32
+def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]:
+    """The denoiser and everything else in ``folder``, in float32 and evaluation mode.
+
+    ``weights`` is a single file of the transformer, in the place of the folder's.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    transformer = (
+        single_file(weights, folder, "transformer")
+        if weights
+        else SanaTransformer2DModel.from_pretrained(folder / "transformer", **options)
     )
     text_encoder, vae = _frozen_parts(folder)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    if not own.get("told", True) and transformer.config["guidance_embeds"]:
+        transformer = without_guidance(transformer)
     side, config = transformer.config["sample_size"], transformer.config
     branch = lines = None
     if (folder / "controlnet").is_dir():
