@@ -83,17 +83,22 @@ def serve(data: bytes, name: str) -> str:
     return str(place / name)
 
 
-def opened(path: str) -> Image.Image:
-    """An upload, its header alone; UserError if it is no picture, or too large."""
+def read_bytes(path: str) -> bytes:
+    """An upload; UserError if it is too large, or gone."""
     file = Path(path)
     if not file.is_file():
         raise UserError("the upload is not there any more: send it again")
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"the file has {file.stat().st_size / 2**20:.0f} MB; {MAX_BYTES // 2**20} are the most")
+    return file.read_bytes()
+
+
+def opened(source: io.BytesIO) -> Image.Image:
+    """A picture, its header alone; UserError if it is none, or has too many pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP"))
+            picture = Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP"))
     except Image.DecompressionBombError as error:
         raise UserError(f"the picture has too many pixels; {MAX_PIXELS // 10**6} million are the most") from error
     except (OSError, ValueError, SyntaxError) as error:
@@ -105,9 +110,20 @@ def opened(path: str) -> Image.Image:
     return picture
 
 
+def flattened(source: io.BytesIO, side: int) -> Image.Image:
+    """A picture in gray on white, of ``side`` x ``side`` pixels, each the mean of those that it stands for."""
+    with opened(source) as picture:
+        try:
+            rgba = picture.convert("RGBA")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError("the picture is damaged: it cannot be read to its end") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("L").resize((side, side), Image.Resampling.BOX)
+
+
 def read_settings(path: str) -> Ask:
     """The settings in a file that this studio made; UserError if it has none."""
-    with opened(path) as picture:
+    with opened(io.BytesIO(read_bytes(path))) as picture:
         # A PNG's texts that stand before its pixels; those behind them would need all pixels to be read.
         written = picture.info.get(KEY) if picture.format == "PNG" else None
         if picture.format == "JPEG":
@@ -120,7 +136,7 @@ def read_settings(path: str) -> Ask:
 
 def read_photograph(path: str, side: int) -> Tensor:
     """Edges (1, 1, side, side) of an uploaded photograph, 1 on -1."""
-    with opened(path) as picture:
+    with opened(io.BytesIO(read_bytes(path))) as picture:
         try:
             picture.draft("RGB", (2 * side, 2 * side))
             picture = ImageOps.exif_transpose(picture).convert("RGB")

@@ -1,5 +1,7 @@
 """Generate: pictures of a prompt or a class, as one types."""
 
+import io
+import math
 from typing import Any
 
 import gradio as gr
@@ -151,13 +153,14 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
             ask.walk,
         )
 
+    @guarded
     def picked(event: gr.SelectData, path: str, seed: int, count: int) -> tuple[Any, ...]:
         """The seed of the picture under the pointer; ``event.index`` is in pixels of the file."""
         if count == 1:
             return gr.skip(), gr.skip()
-        with files.opened(path) as whole:
-            columns = next(c for c in range(1, 5) if c * c >= count)
-            rows = -(-count // columns)
+        columns = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / columns)
+        with files.opened(io.BytesIO(files.read_bytes(uploaded(path)))) as whole:
             column, row = event.index[0] * columns // whole.width, event.index[1] * rows // whole.height
         return seed + min(count - 1, int(row * columns + column)), 1
 
@@ -173,7 +176,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
     reload.upload(
         from_file, reload, [model, prompt, chosen, seed, steps, count, guidance, other, walk], **quiet
     ).success(**again)
-    picture.select(guarded(picked), [picture, seed, count], [seed, count], **quiet).success(**again)
+    picture.select(picked, [picture, seed, count], [seed, count], **quiet).success(**again)
     page.load(**again)
 
 

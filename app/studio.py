@@ -10,18 +10,22 @@ os.environ["GRADIO_TEMP_DIR"] = str(files.cache_folder())  # Gradio reads both w
 
 import gradio as gr
 
-from app import generate
+from app import compare, draw, generate
 from app.engine import Engine
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto; }
-.picture img { width: 100% !important; height: auto !important; aspect-ratio: 1; object-fit: contain; }
-.picture { border: none !important; }
+.gradio-container { max-width: 1120px !important; margin: 0 auto; }
+.picture { border: none !important; background: none !important; box-shadow: none !important; }
+.picture .image-container, .picture .image-container > button, .picture .image-frame { width: 100%; }
+.picture img { width: 100%; height: auto; max-height: 68vh; min-height: 240px; object-fit: contain; border-radius: 10px; }
 .status { min-height: 3em; font-variant-numeric: tabular-nums; text-align: center; }
 .status .warn { color: var(--color-accent); }
+.scores { width: 100%; font-size: var(--text-sm); }
+.scores caption { text-align: left; font-weight: 600; padding: 4px 0; }
+.scores td { padding: 3px 8px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
 """
 
 
@@ -31,7 +35,12 @@ def build_app(engine: Engine) -> gr.Blocks:
         gr.Markdown("## One-Step Studio", elem_id="title")
         with gr.Tab("Generate", id="generate"):
             generate.tab(engine, app)
-        generate.endpoints(engine)
+        with gr.Tab("Compare", id="compare"):
+            compare.tab(engine)
+        with gr.Tab("Draw", id="draw"):
+            draw.tab(engine)
+        for part in (generate, compare, draw):
+            part.endpoints(engine)
     return app
 
 
@@ -45,7 +54,7 @@ def launch(
 ) -> str:
     """Serve ``app``; returns its address. With ``wait`` False it is served in the background."""
     app.queue(max_size=queue_size, default_concurrency_limit=4, api_open=False)
-    theme = gr.themes.Soft(font=FONT, font_mono=MONO)
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONO)
     options: dict[str, Any] = {"theme": theme, "css": CSS, "footer_links": ["api", "settings"]}
     _, address, _ = app.launch(
         server_name=host,
