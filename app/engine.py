@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +86,28 @@ class Made:
     owners: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What only some models take: lines (1, 1, H, W) to follow with a strength, and one student of several."""
+
+    lines: Tensor | None = None
+    strength: float = 1.0
+    only: int | None = None
+
+
 class Model(ABC):
     """A loaded folder."""
 
     facts: Facts
 
     @abstractmethod
-    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, lines: Tensor | None, strength: float) -> Tensor:
-        """x0 decoded to pictures (B, C, H, W), one for each of ``words``; ``lines`` (1, 1, H, W)."""
+    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, extras: "Extras") -> Tensor:
+        """x0 decoded to pictures (B, C, H, W), one for each of ``words``."""
 
     def unknown(self, _words: str) -> tuple[str, ...]:
         return ()
 
-    def owners(self, _words: Sequence[str]) -> tuple[int, ...] | None:
+    def owners(self, _words: Sequence[str], _only: int | None) -> tuple[int, ...] | None:
         """Who of several students answers each of ``words``."""
         return None
 
@@ -120,14 +129,15 @@ class TextModel(Model):
             summary=spec.summary,
         )
 
-    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, lines: Tensor | None, strength: float) -> Tensor:
+    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, extras: Extras) -> Tensor:
+        lines = extras.lines
         scale = self.facts.guidance if ask.guidance is None else ask.guidance
         painter = Painter(self.painter.denoiser, self.painter.spec, ask.steps, 1.0 if scale is None else scale)
         cond = painter.embed(words, None if lines is None else lines.expand(len(words), -1, -1, -1))
         if self.facts.side is None:
             return painter.spec.decode(painter.latents(cond, draws))
         network: Any = painter.denoiser.network
-        network.control_strength = strength
+        network.control_strength = extras.strength
         return painter.spec.decode(painter.latents(cond, draws))
 
     def unknown(self, words: str) -> tuple[str, ...]:
@@ -163,22 +173,26 @@ class ClassModel(Model):
             )
         return [known[word.lower()] for word in words]
 
-    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, lines: Tensor | None, strength: float) -> Tensor:
+    def sample(self, ask: Ask, words: Sequence[str], draws: Draws, extras: Extras) -> Tensor:
         cond = Condition(class_ids=torch.tensor(self._ids(words), device=self.device))
         z, noise = draws.normal(*self.spec.shape), lambda: draws.normal(*self.spec.shape)
-        return self.spec.decode(self._sampler(ask.steps).function(z, cond, noise))
+        return self.spec.decode(self._sampler(ask.steps, extras.only).function(z, cond, noise))
 
-    def _sampler(self, steps: int) -> Sampler:
+    def _sampler(self, steps: int, only: int | None) -> Sampler:
         if self.several is not None:
             several = self.several
+            if only is not None:
+                return Sampler.student(several.student(only))
             return Sampler("several", 1, lambda z, cond, _noise: several.generate(z, cond))
         if self.spec.sigma_init is None:
             return Sampler.teacher(self.denoiser, steps)
         return Sampler.student(OneStepStudent(self.denoiser, self.spec.sigma_init))
 
-    def owners(self, words: Sequence[str]) -> tuple[int, ...] | None:
+    def owners(self, words: Sequence[str], only: int | None) -> tuple[int, ...] | None:
         if self.facts.owners is None:
             return None
+        if only is not None:
+            return (only,) * len(words)
         return tuple(self.facts.owners[i] for i in self._ids(words))
 
 
@@ -266,11 +280,16 @@ class Engine:
         self._loaded[name] = known
         return known[1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def make(
-        self, ask: Ask, words: Sequence[str] | None = None, lines: Tensor | None = None, strength: float = 1.0
+        self,
+        ask: Ask,
+        words: Sequence[str] | None = None,
+        lines: Tensor | None = None,
+        strength: float = 1.0,
+        only: int | None = None,
     ) -> Made:
-        """``ask.count`` pictures of ``ask.prompt``, or of ``words``, one each.
+        """``ask.count`` pictures of ``ask.prompt``, or of ``words``, one each; by student ``only`` of several.
 
         UserError for an empty prompt, steps the model does not make, classes it does not know, or damaged weights.
         """
@@ -285,13 +304,14 @@ class Engine:
             if lines is not None and facts.side is None:
                 raise UserError(f"model: {ask.model} has no control branch, so it follows no lines")
             asked = [ask.prompt] * ask.count if words is None else list(words)
+            ask = replace(ask, count=len(asked))
             start = time.perf_counter()
-            pictures = model.sample(ask, asked, draws_of(ask, self.device), lines, strength)
+            pictures = model.sample(ask, asked, draws_of(ask, self.device), Extras(lines, strength, only))
             if not bool(pictures.isfinite().all()):
                 raise UserError(f"model: {ask.model} makes pictures that are not finite: its weights are damaged")
             done = quantize(pictures).cpu()
             seconds = time.perf_counter() - start
-            return Made(done, seconds, model.unknown(" ".join(dict.fromkeys(asked))), model.owners(asked))
+            return Made(done, seconds, model.unknown(" ".join(dict.fromkeys(asked))), model.owners(asked, only))
 
     def card(self, name: str) -> str | None:
         """The text of a model's card."""

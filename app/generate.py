@@ -1,7 +1,5 @@
 """Generate: pictures of a prompt or a class, as one types."""
 
-import io
-import math
 from typing import Any
 
 import gradio as gr
@@ -13,6 +11,24 @@ from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded,
 
 NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
 NEW_UNLESS_KEPT = "(kept, seed) => [kept, kept ? seed : Math.floor(Math.random() * 4294967296)]"
+
+# Gradio tells where a picture was clicked only if it is not enlarged, and these are small.
+LISTEN = """() => document.addEventListener("click", (event) => {
+    const image = event.target.closest("#picture .image-frame")?.querySelector("img");
+    if (!image) return;
+    const box = image.getBoundingClientRect();
+    const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+    const x = (event.clientX - box.left - box.width / 2) / (scale * image.naturalWidth) + 0.5;
+    const y = (event.clientY - box.top - box.height / 2) / (scale * image.naturalHeight) + 0.5;
+    if (Math.min(x, y, 1 - x, 1 - y) < 0) return;
+    window.pickedAt = [x, y];
+    document.querySelector("#picked").click();
+})"""
+PICK = """(seed, count) => {
+    const columns = Math.ceil(Math.sqrt(count)), rows = Math.ceil(count / columns), [x, y] = window.pickedAt;
+    const index = Math.min(rows - 1, Math.floor(y * rows)) * columns + Math.min(columns - 1, Math.floor(x * columns));
+    return index < count ? [seed + index, 1] : [seed, count];
+}"""
 
 
 def endpoints(engine: Engine) -> None:
@@ -85,6 +101,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
                 elem_classes="picture",
                 alt_text="The generated picture",
             )
+            picked = gr.Button("Take the seed of the picture", visible="hidden", elem_id="picked")
             status = gr.HTML("", elem_id="status", elem_classes="status")
             examples = gr.Dataset(
                 components=[prompt], samples=_samples(facts), label="Try", visible=not facts.classes, elem_id="examples"
@@ -93,7 +110,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
             model = gr.Dropdown(engine.names(), value=first, label="Model", elem_id="model", interactive=True)
             with gr.Row(equal_height=True):
                 seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=120)
-                dice = gr.Button("🎲 New seed", elem_id="dice", min_width=100, size="md")
+                dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, size="md")
             kept = gr.Checkbox(True, label="Keep the seed when I press Enter", elem_id="keep", container=False)
             steps = gr.Slider(1, facts.most_steps, facts.steps, step=1, label="Steps", elem_id="steps")
             count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures, a seed each", elem_id="count")
@@ -153,17 +170,6 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
             ask.walk,
         )
 
-    @guarded
-    def picked(event: gr.SelectData, path: str, seed: int, count: int) -> tuple[Any, ...]:
-        """The seed of the picture under the pointer; ``event.index`` is in pixels of the file."""
-        if count == 1:
-            return gr.skip(), gr.skip()
-        columns = math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-        with files.opened(io.BytesIO(files.read_bytes(uploaded(path)))) as whole:
-            column, row = event.index[0] * columns // whole.width, event.index[1] * rows // whole.height
-        return seed + min(count - 1, int(row * columns + column)), 1
-
     shown = [picture, status, download]
     again: dict[str, Any] = {"fn": show, "inputs": asked, "outputs": shown} | AS_YOU_GO | MODEL
     typed = [c.input for c in (prompt, chosen, seed, steps, count, guidance, other, walk, kind)]
@@ -176,7 +182,8 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
     reload.upload(
         from_file, reload, [model, prompt, chosen, seed, steps, count, guidance, other, walk], **quiet
     ).success(**again)
-    picture.select(picked, [picture, seed, count], [seed, count], **quiet).success(**again)
+    picked.click(None, [seed, count], [seed, count], js=PICK).then(**again)
+    page.load(None, js=LISTEN)
     page.load(**again)
 
 

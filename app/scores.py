@@ -26,7 +26,7 @@ def _distances(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _geneval(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (f"{name} ({report['name']})", f"{100 * float(row['overall']):.1f} %") for name, row in report["scores"].items()
+        (f"{name} ({report['name']})", f"{100 * float(row['score']):.1f} %") for name, row in report["scores"].items()
     ]
 
 
