@@ -104,7 +104,7 @@ def tab(engine: Engine, tabs: gr.Tabs) -> None:
     names = list(library.runs())
     chosen = gr.Dropdown(
         names,
-        value=names[:1],
+        value=[name for name in names if inside(library.run(name), "metrics.jsonl")][:1],
         multiselect=True,
         max_choices=MOST_COMPARED,
         label="Runs (the first one's samples and reports are shown)",

@@ -1,10 +1,11 @@
 """Students: several behind one call; who answers what, and each of them alone."""
 
+import base64
 import html
 from typing import Any
 
 import gradio as gr
-import torch
+from torch import Tensor
 
 from app import files
 from app.ask import MAX_SEED, Ask, whole
@@ -68,16 +69,7 @@ def tab(engine: Engine) -> None:
     )
     with gr.Row(visible=bool(names)) as page:
         with gr.Column(scale=3, min_width=320):
-            gallery = gr.Gallery(
-                label="A picture of each class",
-                columns=5,
-                object_fit="contain",
-                height="auto",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="answers",
-            )
+            gallery = gr.HTML("", elem_id="answers")
             status = gr.HTML("", elem_id="students-status", elem_classes="status")
         with gr.Column(scale=2, min_width=280):
             model = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="several", interactive=True)
@@ -106,15 +98,12 @@ def tab(engine: Engine) -> None:
         if not model:
             return gr.skip(), gr.skip()
         only = None if chosen == ROUTED else int(chosen.split()[1])
-        made, _ = answered(engine, model, classes, seed, only)
+        made, ask = answered(engine, model, classes, seed, only)
         assert made.owners is not None
         words = classes or engine.facts(model).classes
-        shown = [
-            (files.serve(files.encode(files.mosaic(picture[None]), None, "png"), f"{owner}.png"), f"{word}: student {owner}")
-            for picture, word, owner in zip(made.pictures, words, made.owners, strict=True)
-        ]
-        each = 1e3 * made.seconds / len(shown)
-        return shown, f"<b>{each:.0f} ms</b> a picture · seeds {int(seed)} to {int(seed) + len(shown) - 1}"
+        figures = (_figure(picture, w, k) for picture, w, k in zip(made.pictures, words, made.owners, strict=True))
+        line = f"<b>{1e3 * made.seconds / len(words):.0f} ms</b> a picture · seeds {ask.seed} to {ask.seed + len(words) - 1}"
+        return f"<div class='answers'>{''.join(figures)}</div>", line
 
     @guarded
     def refreshed() -> tuple[Any, ...]:
@@ -136,11 +125,23 @@ def tab(engine: Engine) -> None:
         ).success(**go)
 
 
+def _dot(student: int) -> str:
+    return f"<span class='dot' style='background:{COLOURS[student % len(COLOURS)]}'></span>"
+
+
+def _figure(picture: Tensor, word: str, student: int) -> str:
+    """A picture uint8 (C, H, W) with its class and who made it."""
+    png = base64.b64encode(files.encode(files.mosaic(picture[None]), None, "png")).decode()
+    word = html.escape(word, True)
+    image = f"<img src='data:image/png;base64,{png}' alt='{word}, made by student {student}'>"
+    return f"<figure>{image}<figcaption>{word}<br>{_dot(student)}student {student}</figcaption></figure>"
+
+
 def _map(facts: Facts) -> str:
     """The partition: a row for each student with its classes."""
     rows = "".join(
-        f"<tr><th scope='row'><span class='dot' style='background:{COLOURS[p['student'] % len(COLOURS)]}'></span>"
-        f"student {p['student']}</th><td>{html.escape(', '.join(p['classes']))}</td></tr>"
+        f"<tr><th scope='row'>{_dot(p['student'])}student {p['student']}</th>"
+        f"<td>{html.escape(', '.join(p['classes']))}</td></tr>"
         for p in partition_of(facts)
     )
     return f"<table class='scores'><caption>Who answers what</caption><tbody>{rows}</tbody></table>"

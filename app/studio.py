@@ -29,6 +29,9 @@ CSS = """
 .scores, .scores td, .scores th { border: none; text-align: left; }
 .scores tr + tr { border-top: 1px solid var(--border-color-primary); }
 .dot { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.4em; }
+.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 12px; }
+.answers figure { margin: 0; text-align: center; font-size: var(--text-sm); }
+.answers img { width: 100%; border-radius: 8px; margin: 0; }
 .chart svg { width: 100%; height: auto; }
 .report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); border-radius: 8px; background: #fff; }
 .scores td, .scores th { padding: 3px 8px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
@@ -75,7 +78,7 @@ def launch(
         share=share,
         prevent_thread_lock=True,
         quiet=True,
-        show_error=False,
+        show_error=True,
         ssr_mode=False,
         allowed_paths=[],
         max_file_size=files.MAX_BYTES,
