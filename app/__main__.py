@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from app.library import Library
 from models.errors import UserError, run_command
 
 
@@ -34,13 +35,20 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Serve until Ctrl-C; UserError for what cannot be served."""
     for root in options.run:
         if not root.is_dir():
             raise UserError(f"--run: there is no folder {root}")
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port: {options.port} is not from 0 to 65535")
-    if options.queue_size < 1:
-        raise UserError(f"--queue-size: {options.queue_size} must be at least 1")
+    for name, value, low, high in (
+        ("--port", options.port, 0, 65535),
+        ("--queue-size", options.queue_size, 1, 100_000),
+        ("--max-models", options.max_models, 1, 100),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{name}: {value} is not from {low} to {high}")
+    library = Library(options.run or ([Path("runs")] if Path("runs").is_dir() else []))
+    if options.run and not library.runs():
+        raise UserError(f"--run: {', '.join(map(str, options.run))} holds no run (config.yaml, metrics.jsonl or student/)")
     try:
         from app import studio
     except ModuleNotFoundError as error:
@@ -48,13 +56,8 @@ def main(options: Options) -> None:
     from transformers.utils import logging
 
     from app.engine import Engine
-    from app.library import Library
 
     logging.disable_progress_bar()
-    default = [Path("runs")] if Path("runs").is_dir() else []
-    library = Library(options.run or default)
-    if options.run and not library.runs():
-        raise UserError(f"--run: {', '.join(map(str, options.run))} holds no run (config.yaml, metrics.jsonl or student/)")
     engine = Engine(library, options.student, options.max_models, options.device)
     alone = options.host in ("127.0.0.1", "localhost", "::1") and not options.share
     page = studio.build_app(engine, may_train=alone)

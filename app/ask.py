@@ -25,11 +25,13 @@ def shown(value: object) -> str:
 
 def whole(name: str, value: object, low: int, high: int) -> int:
     """``value`` as a whole number from ``low`` to ``high``; UserError if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{name}: {shown(value)} is not a whole number from {low} to {high}")
     if not low <= value <= high:
-        raise UserError(f"{name}: {shown(int(value))} is not from {low} to {high}")
-    return int(value)
+        raise UserError(f"{name}: {shown(value)} is not from {low} to {high}")
+    return value
 
 
 def real(name: str, value: object, low: float, high: float) -> float:
@@ -45,7 +47,7 @@ def text(name: str, value: object, longest: int = MAX_PROMPT) -> str:
         raise UserError(f"{name}: a text is needed, not {shown(type(value).__name__)}")
     if len(value) > longest:
         raise UserError(f"{name}: {len(value):,} characters are too many; {longest:,} are the most")
-    line = " ".join(value.split()) if value.isprintable() else " ".join(value.replace("\0", "\1").split())
+    line = " ".join(value.split())
     for character in line:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise UserError(f"{name}: it holds the control character U+{ord(character):04X}: leave it out")

@@ -1,6 +1,7 @@
 """Compare: the same noise through two models, or one in different steps."""
 
 import html
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -99,6 +100,8 @@ def tab(engine: Engine) -> None:
                 guidance = gr.Slider(0, 10, facts.guidance or 0, step=0.1, label="Guidance of both")
                 count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures, a seed each")
             reports = gr.HTML(_table(engine, teacher, student), elem_id="compare-scores")
+            with gr.Accordion("Their cards", open=False):
+                cards = gr.Markdown(_cards(engine, teacher, student), elem_id="compare-cards")
 
     @guarded
     def show(
@@ -114,7 +117,7 @@ def tab(engine: Engine) -> None:
             for side, time, ask in zip(SIDES, times, (first, second), strict=True)
         )
         files = tuple(as_file(m, ask, "auto") for m, ask in zip(made, (first, second), strict=True))
-        return files, f"{line} · {which} is {slow / fast:.1f} times as fast", _table(engine, left, right)
+        return files, f"{line} · {which} is {slow / fast:.1f} times as fast", *_told(engine, left, right)
 
     @guarded
     def steps_of(model: str) -> Any:
@@ -122,12 +125,22 @@ def tab(engine: Engine) -> None:
         return gr.update(maximum=known.most_steps, value=known.steps, visible=known.most_steps > 1)
 
     asked = [prompt, left, left_steps, right, right_steps, seed, guidance, count]
-    again: dict[str, Any] = {"fn": show, "inputs": asked, "outputs": [slider, status, reports]} | AS_YOU_GO | MODEL
+    again: dict[str, Any] = {"fn": show, "inputs": asked, "outputs": [slider, status, reports, cards]} | AS_YOU_GO | MODEL
     again["show_progress"] = "minimal"
     gr.on([prompt.submit, left_steps.release, right_steps.release, seed.submit, guidance.release, count.release], **again)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     left.input(steps_of, left, left_steps, **quiet).success(**again)
     right.input(steps_of, right, right_steps, **quiet).success(**again)
+
+
+def _told(engine: Engine, left: str, right: str) -> tuple[str, str]:
+    return _table(engine, left, right), _cards(engine, left, right)
+
+
+def _cards(engine: Engine, left: str, right: str) -> str:
+    """The models' cards without their settings."""
+    found = ((engine.card(name) or f"{name} has no card.") for name in dict.fromkeys((left, right)))
+    return "\n\n".join(re.sub(r"^---\n.*?\n---\n", "", card, flags=re.DOTALL) for card in found)
 
 
 def _table(engine: Engine, left: str, right: str) -> str:

@@ -217,8 +217,6 @@ class Engine:
     def __init__(
         self, library: Library, students: Sequence[str] = (), max_models: int = 3, device: str = "cpu", embedded_: bool = True
     ):
-        if max_models < 1:
-            raise UserError(f"--max-models: {max_models} must be at least 1")
         self.library, self.max_models, self.device = library, max_models, device
         self._named: dict[str, Path] = {}
         for student in students:

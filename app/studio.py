@@ -6,7 +6,10 @@ from typing import Any
 from app import files
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_TEMP_DIR"] = str(files.cache_folder())  # Gradio reads both when it is imported
+os.environ["GRADIO_TEMP_DIR"] = str(files.cache_folder())
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else it sums up its last 10,000 calls after each of them
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
+# Gradio reads these when it is imported.
 
 import gradio as gr
 
@@ -26,8 +29,8 @@ CSS = """
 .status .warn { color: var(--color-accent); }
 .scores { width: 100%; font-size: var(--text-sm); }
 .scores caption { text-align: left; font-weight: 600; padding: 4px 0; }
-.scores, .scores td, .scores th { border: none; text-align: left; }
-.scores tr + tr { border-top: 1px solid var(--border-color-primary); }
+.scores, .scores tr, .scores td, .scores th { border: none !important; text-align: left; }
+.scores tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
 .dot { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.4em; }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 12px; }
 .answers figure { margin: 0; text-align: center; font-size: var(--text-sm); }
