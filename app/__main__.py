@@ -1,7 +1,7 @@
 """The studio in the browser.
 
-    python -m app                                    # the embedded students, and the runs in runs/
-    python -m app --run runs/solids --student runs/solids/sprint
+python -m app                                    # the embedded students, and the runs in runs/
+python -m app --run runs/solids --student runs/solids/sprint
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,9 @@ def main(options: Options) -> None:
             raise UserError(f"{name}: {value} is not from {low} to {high}")
     library = Library(options.run or ([Path("runs")] if Path("runs").is_dir() else []))
     if options.run and not library.runs():
-        raise UserError(f"--run: {', '.join(map(str, options.run))} holds no run (config.yaml, metrics.jsonl or student/)")
+        raise UserError(
+            f"--run: {', '.join(map(str, options.run))} holds no run (config.yaml, metrics.jsonl or student/)"
+        )
     try:
         from app import studio
     except ModuleNotFoundError as error:

@@ -59,7 +59,11 @@ def _opponent(engine: Engine, name: str) -> str:
     """A teacher of pictures like those of ``name``, if one is there."""
     facts = engine.facts(name)
     for other in engine.names():
-        if other.startswith("embedded:") and not (known := engine.facts(other)).student and known.classes == facts.classes:
+        if (
+            other.startswith("embedded:")
+            and not (known := engine.facts(other)).student
+            and known.classes == facts.classes
+        ):
             return other
     return name
 
@@ -92,11 +96,15 @@ def tab(engine: Engine) -> None:
         with gr.Column(scale=2, min_width=280):
             names = engine.names()
             left = gr.Dropdown(names, value=teacher, label="Left model", elem_id="compare-left", interactive=True)
-            left_steps = gr.Slider(1, MOST_TEACHER_STEPS, others.steps, step=1, label="Left steps", elem_id="left-steps")
+            left_steps = gr.Slider(
+                1, MOST_TEACHER_STEPS, others.steps, step=1, label="Left steps", elem_id="left-steps"
+            )
             right = gr.Dropdown(names, value=student, label="Right model", elem_id="compare-right", interactive=True)
             right_steps = gr.Slider(1, facts.most_steps, 1, step=1, label="Right steps", elem_id="right-steps")
             with gr.Accordion("Seed, guidance, number", open=False):
-                seed = gr.Number(7, label="Seed of both", precision=0, minimum=0, maximum=MAX_SEED, elem_id="compare-seed")
+                seed = gr.Number(
+                    7, label="Seed of both", precision=0, minimum=0, maximum=MAX_SEED, elem_id="compare-seed"
+                )
                 guidance = gr.Slider(0, 10, facts.guidance or 0, step=0.1, label="Guidance of both")
                 count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures, a seed each")
             reports = gr.HTML(_table(engine, teacher, student), elem_id="compare-scores")
@@ -125,9 +133,13 @@ def tab(engine: Engine) -> None:
         return gr.update(maximum=known.most_steps, value=known.steps, visible=known.most_steps > 1)
 
     asked = [prompt, left, left_steps, right, right_steps, seed, guidance, count]
-    again: dict[str, Any] = {"fn": show, "inputs": asked, "outputs": [slider, status, reports, cards]} | AS_YOU_GO | MODEL
+    again: dict[str, Any] = (
+        {"fn": show, "inputs": asked, "outputs": [slider, status, reports, cards]} | AS_YOU_GO | MODEL
+    )
     again["show_progress"] = "minimal"
-    gr.on([prompt.submit, left_steps.release, right_steps.release, seed.submit, guidance.release, count.release], **again)
+    gr.on(
+        [prompt.submit, left_steps.release, right_steps.release, seed.submit, guidance.release, count.release], **again
+    )
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     left.input(steps_of, left, left_steps, **quiet).success(**again)
     right.input(steps_of, right, right_steps, **quiet).success(**again)

@@ -31,15 +31,6 @@ CANVAS = """
 <label>Width <input class="size" type="range" min="0.8" max="3" step="0.1" value="1.2"></label>
 </div></div>
 """
-CANVAS_CSS = """
-.board canvas { width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; background: #fff; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); display: block; }
-.tools { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; align-items: center; }
-.tools button { padding: 6px 12px; border-radius: 8px; background: var(--button-secondary-background-fill);
-  color: var(--button-secondary-text-color); border: 1px solid var(--border-color-primary); }
-.tools button[aria-pressed="true"] { background: var(--button-primary-background-fill); color: var(--button-primary-text-color); }
-.tools label { display: flex; align-items: center; gap: 6px; }
-"""
 
 
 def lines_of(data: bytes, side: int) -> Tensor:
@@ -114,7 +105,6 @@ def tab(engine: Engine) -> None:
                 "",
                 label="Canvas",
                 html_template=CANVAS,
-                css_template=CANVAS_CSS,
                 js_on_load=(Path(__file__).parent / "canvas.js").read_text(),
                 side=facts.side,
                 elem_id="canvas",
@@ -162,6 +152,6 @@ def tab(engine: Engine) -> None:
     }
     again |= AS_YOU_GO | MODEL
     gr.on([canvas.input, prompt.input, prompt.submit, model.input, seed.input, steps.input, strength.input], **again)
-    photograph.upload(
-        traced, [photograph, model], canvas, show_progress="hidden", api_visibility="private"
-    ).success(**again)
+    photograph.upload(traced, [photograph, model], canvas, show_progress="hidden", api_visibility="private").success(
+        **again
+    )

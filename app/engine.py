@@ -215,7 +215,12 @@ class Engine:
     """
 
     def __init__(
-        self, library: Library, students: Sequence[str] = (), max_models: int = 3, device: str = "cpu", embedded_: bool = True
+        self,
+        library: Library,
+        students: Sequence[str] = (),
+        max_models: int = 3,
+        device: str = "cpu",
+        embedded_: bool = True,
     ):
         self.library, self.max_models, self.device = library, max_models, device
         self._named: dict[str, Path] = {}
@@ -223,7 +228,9 @@ class Engine:
             folder = Path(student) / "student"
             folder = folder if (folder / "model_index.json").is_file() else teachers.resolve(student)
             if not (folder / "model_index.json").is_file():
-                raise UserError(f"--student: {student} is no run with a student, no exported student and no embedded:NAME")
+                raise UserError(
+                    f"--student: {student} is no run with a student, no exported student and no embedded:NAME"
+                )
             name = student if student.startswith("embedded:") else Path(student).resolve().name
             while name in self._named:
                 name += "'"
@@ -239,7 +246,9 @@ class Engine:
 
     def _folders(self) -> dict[str, Path]:
         runs = {name: run / "student" for name, run in self.library.runs().items()}
-        return self._named | {n: f for n, f in runs.items() if (f / "model_index.json").is_file() and n not in self._named}
+        return self._named | {
+            n: f for n, f in runs.items() if (f / "model_index.json").is_file() and n not in self._named
+        }
 
     def folder(self, name: str) -> Path:
         folder = self._folders().get(name)
@@ -295,10 +304,14 @@ class Engine:
             model = self._get(ask.model)
             facts = model.facts
             if not ask.prompt and words is None:
-                raise UserError("prompt: it is empty" + (f"; one of {', '.join(facts.classes)}" if facts.classes else ""))
+                raise UserError(
+                    "prompt: it is empty" + (f"; one of {', '.join(facts.classes)}" if facts.classes else "")
+                )
             if ask.steps > facts.most_steps:
                 most = f"1 to {facts.most_steps} steps" if facts.most_steps > 1 else "one step"
-                raise UserError(f"steps: this {'student' if facts.student else 'teacher'} makes {most}, not {ask.steps}")
+                raise UserError(
+                    f"steps: this {'student' if facts.student else 'teacher'} makes {most}, not {ask.steps}"
+                )
             if lines is not None and facts.side is None:
                 raise UserError(f"model: {ask.model} has no control branch, so it follows no lines")
             asked = [ask.prompt] * ask.count if words is None else list(words)

@@ -109,14 +109,22 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         with gr.Column(scale=2, min_width=280):
             model = gr.Dropdown(engine.names(), value=first, label="Model", elem_id="model", interactive=True)
             with gr.Row(equal_height=True):
-                seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=120)
+                seed = gr.Number(
+                    7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=120
+                )
                 dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, size="md")
             kept = gr.Checkbox(True, label="Keep the seed when I press Enter", elem_id="keep", container=False)
             steps = gr.Slider(1, facts.most_steps, facts.steps, step=1, label="Steps", elem_id="steps")
             count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures, a seed each", elem_id="count")
             with gr.Accordion("Guidance and walk", open=False, elem_id="more"):
                 guidance = gr.Slider(
-                    0, 10, facts.guidance or 0, step=0.1, label="Guidance", visible=facts.guidance is not None, elem_id="guidance"
+                    0,
+                    10,
+                    facts.guidance or 0,
+                    step=0.1,
+                    label="Guidance",
+                    visible=facts.guidance is not None,
+                    elem_id="guidance",
                 )
                 walk = gr.Slider(0, 1, 0, step=0.01, label="Walk to the other seed", elem_id="walk")
                 other = gr.Number(8, label="Other seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="other")
@@ -124,14 +132,26 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
                 kind = gr.Radio(["auto", "png", "jpeg"], value="auto", label="Format", elem_id="format")
                 download = gr.DownloadButton("Download, settings inside", elem_id="download")
                 reload = gr.UploadButton(
-                    "Reload the settings of a picture", file_types=[".png", ".jpg", ".jpeg"], elem_id="reload", type="filepath"
+                    "Reload the settings of a picture",
+                    file_types=[".png", ".jpg", ".jpeg"],
+                    elem_id="reload",
+                    type="filepath",
                 )
 
     asked = [model, prompt, chosen, seed, steps, count, guidance, other, walk, kind]
 
     @guarded
     def show(
-        model: str, prompt: str, chosen: str | None, seed: Any, steps: Any, count: Any, guidance: Any, other: Any, walk: Any, kind: str
+        model: str,
+        prompt: str,
+        chosen: str | None,
+        seed: Any,
+        steps: Any,
+        count: Any,
+        guidance: Any,
+        other: Any,
+        walk: Any,
+        kind: str,
     ) -> tuple[Any, ...]:
         known = engine.facts(model)
         words = (chosen or known.classes[0]) if known.classes else prompt
@@ -161,11 +181,15 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         return (
             ask.model,
             gr.update(value=ask.prompt, visible=not known.classes),
-            gr.update(choices=list(known.classes), value=ask.prompt if known.classes else None, visible=bool(known.classes)),
+            gr.update(
+                choices=list(known.classes), value=ask.prompt if known.classes else None, visible=bool(known.classes)
+            ),
             ask.seed,
             gr.update(maximum=known.most_steps, value=ask.steps, visible=known.most_steps > 1),
             ask.count,
-            gr.update(value=known.guidance or 0 if ask.guidance is None else ask.guidance, visible=known.guidance is not None),
+            gr.update(
+                value=known.guidance or 0 if ask.guidance is None else ask.guidance, visible=known.guidance is not None
+            ),
             ask.other_seed,
             ask.walk,
         )

@@ -47,7 +47,10 @@ def curves(library: Library, names: list[str], series: str | None) -> tuple[list
     drawn = {plain(name): lines[wanted] for name, lines in found.items() if wanted in lines}
     positive = all(y > 0 for points in drawn.values() for _, y in points)
     chart = draw_chart(plain(wanted), drawn, "", log_scale=positive)
-    return every, f"<figure class='chart' role='img' aria-label='{html.escape(chart.description, True)}'>{chart.svg}</figure>"
+    return (
+        every,
+        f"<figure class='chart' role='img' aria-label='{html.escape(chart.description, True)}'>{chart.svg}</figure>",
+    )
 
 
 def _dull(key: str) -> bool:
@@ -94,11 +97,13 @@ def endpoints(engine: Engine) -> None:
             raise UserError(f"report: this run has no report '{shown(name)}'; it has {list(found)}")
         return file_data(copied(found[name]) or "")
 
-    for function in (runs, run, sample, report):
-        gr.api(guarded(function), api_name=function.__name__)
+    gr.api(guarded(runs), api_name="runs")
+    gr.api(guarded(run), api_name="run")
+    gr.api(guarded(sample), api_name="sample")
+    gr.api(guarded(report), api_name="report")
 
 
-def tab(engine: Engine, tabs: gr.Tabs) -> None:
+def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     library = engine.library
     names = list(library.runs())
@@ -136,7 +141,9 @@ def tab(engine: Engine, tabs: gr.Tabs) -> None:
     timer = gr.Timer(LOOK_EVERY, active=False)
 
     @guarded
-    def look(chosen: list[str], series: str | None, step: int | None, seen: str, at_once: bool = True) -> tuple[Any, ...]:
+    def look(
+        chosen: list[str], series: str | None, step: int | None, seen: str, at_once: bool = True
+    ) -> tuple[Any, ...]:
         """Everything that changed since the last look; what has gone is left out of the choice."""
         now = library.runs()
         kept = [name for name in chosen or [] if name in now]
@@ -175,14 +182,10 @@ def tab(engine: Engine, tabs: gr.Tabs) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     inputs, outputs = [chosen, series, step, seen], [chosen, series, chart, step, sheet, report, config, seen]
-    gr.on(
-        [chosen.input, series.input, step.input], look, inputs, outputs, trigger_mode="always_last", **quiet, **CHART
-    )
+    gr.on([chosen.input, series.input, step.input], look, inputs, outputs, trigger_mode="always_last", **quiet, **CHART)
     timer.tick(again, inputs, outputs, queue=True, **quiet, **CHART)
     tabs.select(watched, None, timer, **quiet)
-    current = gr.context.Context.block
-    if isinstance(current, gr.Tab):
-        current.select(look, inputs, outputs, **quiet, **CHART)
+    this.select(look, inputs, outputs, **quiet, **CHART)
 
 
 def _stamp(run: Path) -> str:

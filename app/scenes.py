@@ -132,7 +132,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(guarded(view), api_name="scene")
 
 
-def tab(engine: Engine, may_train: bool) -> None:
+def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     library = engine.library
     names = list(scenes(library))
@@ -150,7 +150,12 @@ def tab(engine: Engine, may_train: bool) -> None:
                 "" if names else "No finished scene is here yet.", elem_id="scene-status", elem_classes="status"
             )
             turntable = gr.Video(
-                label="Turntable", autoplay=True, loop=True, interactive=False, buttons=["download"], elem_id="turntable"
+                label="Turntable",
+                autoplay=True,
+                loop=True,
+                interactive=False,
+                buttons=["download"],
+                elem_id="turntable",
             )
             with gr.Accordion("A new scene", open=not names):
                 prompt = gr.Textbox(label="Prompt", value="a photo of a red cube", elem_id="scene-prompt")
@@ -177,7 +182,12 @@ def tab(engine: Engine, may_train: bool) -> None:
         asked = str(values.get("prompt", "")) if isinstance(values, dict) else ""
         import html
 
-        return mesh, gr.update(value=mesh, interactive=mesh is not None), copied(turntable_of(folder)), html.escape(asked)
+        return (
+            mesh,
+            gr.update(value=mesh, interactive=mesh is not None),
+            copied(turntable_of(folder)),
+            html.escape(asked),
+        )
 
     def grow(prompt: str) -> Iterator[tuple[Any, ...]]:
         try:
@@ -202,8 +212,6 @@ def tab(engine: Engine, may_train: bool) -> None:
     )
     training.success(show, chosen, [viewer, download, turntable, status], **quiet)
     stop.click(None, cancels=[training])
-    current = gr.context.Context.block
-    if isinstance(current, gr.Tab):
-        current.select(refreshed, chosen, chosen, **quiet).success(
-            show, chosen, [viewer, download, turntable, status], **quiet
-        )
+    this.select(refreshed, chosen, chosen, **quiet).success(
+        show, chosen, [viewer, download, turntable, status], **quiet
+    )

@@ -59,7 +59,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(students, api_name="students", **MODEL)
 
 
-def tab(engine: Engine) -> None:
+def tab(engine: Engine, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     names = engine.several()
     missing = gr.Markdown(
@@ -72,9 +72,13 @@ def tab(engine: Engine) -> None:
             gallery = gr.HTML("", elem_id="answers")
             status = gr.HTML("", elem_id="students-status", elem_classes="status")
         with gr.Column(scale=2, min_width=280):
-            model = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="several", interactive=True)
+            model = gr.Dropdown(
+                names, value=names[0] if names else None, label="Run", elem_id="several", interactive=True
+            )
             chosen = gr.Radio([ROUTED], value=ROUTED, label="Who answers", elem_id="student")
-            classes = gr.Dropdown([], multiselect=True, label="Classes (none: all)", elem_id="classes", interactive=True)
+            classes = gr.Dropdown(
+                [], multiselect=True, label="Classes (none: all)", elem_id="classes", interactive=True
+            )
             seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="students-seed")
             button = gr.Button("Generate", variant="primary", elem_id="students-go")
             table = gr.HTML("", elem_id="partition")
@@ -102,7 +106,7 @@ def tab(engine: Engine) -> None:
         assert made.owners is not None
         words = classes or engine.facts(model).classes
         figures = (_figure(picture, w, k) for picture, w, k in zip(made.pictures, words, made.owners, strict=True))
-        line = f"<b>{1e3 * made.seconds / len(words):.0f} ms</b> a picture · seeds {ask.seed} to {ask.seed + len(words) - 1}"
+        line = f"<b>{1e3 * made.seconds / len(words):.0f} ms</b> a picture · seeds from {ask.seed}"
         return f"<div class='answers'>{''.join(figures)}</div>", line
 
     @guarded
@@ -115,14 +119,14 @@ def tab(engine: Engine) -> None:
         )
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    go: dict[str, Any] = {"fn": show, "inputs": [model, chosen, classes, seed], "outputs": [gallery, status]} | quiet | MODEL
+    go: dict[str, Any] = (
+        {"fn": show, "inputs": [model, chosen, classes, seed], "outputs": [gallery, status]} | quiet | MODEL
+    )
     model.input(opened, model, [chosen, classes, table], **quiet).success(**go)
     gr.on([button.click, chosen.input, classes.input, seed.submit], trigger_mode="always_last", **go)
-    current = gr.context.Context.block
-    if isinstance(current, gr.Tab):
-        current.select(refreshed, None, [model, page, missing], **quiet).success(
-            opened, model, [chosen, classes, table], **quiet
-        ).success(**go)
+    this.select(refreshed, None, [model, page, missing], **quiet).success(
+        opened, model, [chosen, classes, table], **quiet
+    ).success(**go)
 
 
 def _dot(student: int) -> str:

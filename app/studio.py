@@ -1,6 +1,7 @@
 """The whole page: six tabs over one engine."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from app import files
@@ -19,26 +20,7 @@ from app.engine import Engine
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
 
-CSS = """
-.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto; }
-.picture { border: none !important; background: none !important; box-shadow: none !important; }
-.picture .image-container, .picture .image-container > button, .picture .image-frame { width: 100%; }
-.picture:not(.short) .image-container { min-height: min(68vh, 300px); }
-.picture img { width: 100%; height: auto; max-height: 68vh; object-fit: contain; border-radius: 10px; }
-.status { min-height: 3em; font-variant-numeric: tabular-nums; text-align: center; }
-.status .warn { color: var(--color-accent); }
-.scores { width: 100%; font-size: var(--text-sm); }
-.scores caption { text-align: left; font-weight: 600; padding: 4px 0; }
-.scores, .scores tr, .scores td, .scores th { border: none !important; text-align: left; }
-.scores tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
-.dot { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.4em; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 12px; }
-.answers figure { margin: 0; text-align: center; font-size: var(--text-sm); }
-.answers img { width: 100%; border-radius: 8px; margin: 0; }
-.chart svg { width: 100%; height: auto; }
-.report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); border-radius: 8px; background: #fff; }
-.scores td, .scores th { padding: 3px 8px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
-"""
+CSS = (Path(__file__).parent / "studio.css").read_text()
 
 
 def build_app(engine: Engine, may_train: bool = False) -> gr.Blocks:
@@ -52,12 +34,12 @@ def build_app(engine: Engine, may_train: bool = False) -> gr.Blocks:
                 compare.tab(engine)
             with gr.Tab("Draw"):
                 draw.tab(engine)
-            with gr.Tab("Students"):
-                students.tab(engine)
-            with gr.Tab("3D"):
-                scenes.tab(engine, may_train)
-            with gr.Tab("Runs"):
-                runs.tab(engine, tabs)
+            with gr.Tab("Students") as this:
+                students.tab(engine, this)
+            with gr.Tab("3D") as this:
+                scenes.tab(engine, may_train, this)
+            with gr.Tab("Runs") as this:
+                runs.tab(engine, tabs, this)
         for part in (generate, compare, draw, students, scenes, runs):
             part.endpoints(engine)
     return app

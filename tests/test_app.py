@@ -132,7 +132,9 @@ def test_settings_are_cleaned_and_survive_their_text():
     assert len(Ask.checked("m", "x" * MAX_PROMPT).prompt) == MAX_PROMPT
 
 
-@pytest.mark.parametrize("written", ["", "[]", "{}", "nonsense", "[" * 100_000, '{"model": "m"}', '{"model": 1, "prompt": "p"}'])
+@pytest.mark.parametrize(
+    "written", ["", "[]", "{}", "nonsense", "[" * 100_000, '{"model": "m"}', '{"model": 1, "prompt": "p"}']
+)
 def test_text_that_is_no_settings_is_refused(written: str):
     with pytest.raises(UserError):
         Ask.from_json(written)
@@ -143,7 +145,7 @@ def test_text_that_is_no_settings_is_refused(written: str):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_settings_travel_in_the_file(tmp_path: Path, kind: files.Format):
-    ask = Ask("m", "a cube, ünïcode 立方体 \"quoted\"", 7, 2, 4)
+    ask = Ask("m", 'a cube, ünïcode 立方体 "quoted"', 7, 2, 4)
     picture = files.mosaic(torch.arange(3 * 64).view(1, 3, 8, 8).to(torch.uint8))
     path = tmp_path / f"picture.{kind}"
     path.write_bytes(files.encode(picture, ask.as_json(), kind))
@@ -166,7 +168,12 @@ def bomb(path: Path, side: int) -> Path:
 
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
     return path
 
 
@@ -466,7 +473,11 @@ def test_no_file_but_the_apps_own_is_served(address: str, engine: Engine, tmp_pa
     (tmp_path / "secret.txt").write_text("secret")
     run = engine.library.roots[0][1] / "several"
     wanted = [tmp_path / "secret.txt", Path("/etc/passwd"), run / "config.yaml", ROOT / "pyproject.toml"]
-    wanted += [ROOT / "models/pretrained/solids/model_index.json", Path.home() / ".bashrc", files.cache_folder() / ".." / "x"]
+    wanted += [
+        ROOT / "models/pretrained/solids/model_index.json",
+        Path.home() / ".bashrc",
+        files.cache_folder() / ".." / "x",
+    ]
     with httpx.Client(base_url=address) as http:
         for path in wanted:
             for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", "gradio_api/proxy="):
@@ -483,7 +494,9 @@ def test_a_run_that_goes_does_not_stop_the_app(client: Client, engine: Engine):
     run = save_run(root / "gone")
     name = f"{root.name}/gone"
     assert name in client.predict(api_name="/runs") and client.predict(name, api_name="/run")["samples"] == [0, 3]
-    (run / "metrics.jsonl").write_bytes(b'\xff\xfe{"step": \n{"step": 1, "matching": NaN}\n{"step": 2, "matching": 0.5}\n')
+    (run / "metrics.jsonl").write_bytes(
+        b'\xff\xfe{"step": \n{"step": 1, "matching": NaN}\n{"step": 2, "matching": 0.5}\n'
+    )
     (run / "config.yaml").write_bytes(b"\xff\xfe: [")
     (run / "samples" / "step-000003.png").write_bytes(b"no picture")
     told = client.predict(name, api_name="/run")
