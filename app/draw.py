@@ -151,7 +151,7 @@ def tab(engine: Engine) -> None:
         "outputs": [picture, status],
     }
     again |= AS_YOU_GO | MODEL
-    gr.on([canvas.input, prompt.input, prompt.submit, model.input, seed.input, steps.input, strength.input], **again)
+    gr.on([canvas.input, prompt.change, prompt.submit, model.input, seed.input, steps.input, strength.input], **again)
     photograph.upload(traced, [photograph, model], canvas, show_progress="hidden", api_visibility="private").success(
         **again
     )

@@ -196,13 +196,14 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
 
     shown = [picture, status, download]
     again: dict[str, Any] = {"fn": show, "inputs": asked, "outputs": shown} | AS_YOU_GO | MODEL
-    typed = [c.input for c in (prompt, chosen, seed, steps, count, guidance, other, walk, kind)]
+    # A text's `input` is but the keys that write a character: no deletion, no paste, no keyboard of a phone.
+    typed = [prompt.change, *(c.input for c in (chosen, seed, steps, count, guidance, other, walk, kind))]
     gr.on(typed, **again)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     prompt.submit(None, [kept, seed], [kept, seed], js=NEW_UNLESS_KEPT).then(**again)
     dice.click(None, None, seed, js=NEW_SEED).then(**again)
     model.input(other_model, model, [prompt, chosen, steps, guidance, examples], **quiet).success(**again)
-    examples.click(lambda sample: sample[0], examples, prompt, **quiet).then(**again)
+    examples.click(lambda sample: sample[0], examples, prompt, **quiet)
     reload.upload(
         from_file, reload, [model, prompt, chosen, seed, steps, count, guidance, other, walk], **quiet
     ).success(**again)

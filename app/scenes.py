@@ -1,5 +1,6 @@
 """3D: finished scenes to turn around, and a prompt to a new one."""
 
+import html
 import re
 import signal
 import subprocess
@@ -29,12 +30,12 @@ LOOK_EVERY = 1.0
 
 
 def mesh_of(run: Path) -> Path | None:
-    found = matching(run, "**/*.glb")
-    return found[0] if found else None
+    """The first particle's, if there are several."""
+    return next(iter(matching(run, "**/*.glb")), None)
 
 
 def turntable_of(run: Path) -> Path | None:
-    return inside(run, "turntable.mp4")
+    return next(iter(matching(run, "**/*turntable.mp4")), None)
 
 
 def scenes(library: Library) -> dict[str, Path]:
@@ -180,8 +181,6 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
         mesh = copied(mesh_of(folder))
         values = settings_of(folder).get("method")
         asked = str(values.get("prompt", "")) if isinstance(values, dict) else ""
-        import html
-
         return (
             mesh,
             gr.update(value=mesh, interactive=mesh is not None),
