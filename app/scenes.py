@@ -1,7 +1,6 @@
 """3D: finished scenes to turn around, and a prompt to a new one."""
 
 import html
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from app import files
 from app.ask import text
 from app.engine import Engine
 from app.handlers import file_data, guarded
-from app.library import Library, inside, matching
+from app.library import Library, changed, inside, matching
 from eval.report import read_metrics
 from models.errors import UserError
 
@@ -29,25 +28,22 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at a training."""
 
 
-def mesh_of(run: Path) -> Path | None:
+def mesh_of(scene: Path) -> Path | None:
     """The first particle's, if there are several."""
-    return next(iter(matching(run, "**/*.glb")), None)
+    return next(iter(matching(scene, "**/*.glb")), None)
 
 
-def turntable_of(run: Path) -> Path | None:
-    return next(iter(matching(run, "**/*turntable.mp4")), None)
+def turntable_of(scene: Path) -> Path | None:
+    return next(iter(matching(scene, "**/*turntable.mp4")), None)
 
 
-def scenes(library: Library) -> dict[str, Path]:
-    """Runs with a mesh or a turntable."""
-    return {name: run for name, run in library.runs().items() if mesh_of(run) or turntable_of(run)}
-
-
-def scene(library: Library, name: object) -> Path:
-    run = library.run(name)
-    if mesh_of(run) is None and turntable_of(run) is None:
-        raise UserError(f"run: {name} has no mesh and no turntable: it is no finished scene")
-    return run
+def prompt_of(scene: Path) -> str:
+    """What its settings, or those of its stages, say; empty if they say nothing."""
+    for path in matching(scene, "config.yaml") + matching(scene, "*/config.yaml"):
+        method = settings_of(path.parent).get("method")
+        if isinstance(method, dict) and isinstance(method.get("prompt"), str):
+            return method["prompt"]
+    return ""
 
 
 def copied(path: Path | None) -> str | None:
@@ -81,15 +77,14 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, str | None, Path
         raise UserError(f"{CONFIG} is not here: this copy of the studio trains no scenes")
     if not library.roots:
         raise UserError("there is no folder for runs: name one with --run")
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "scene"
-    run = library.roots[0][1] / "scenes" / slug
+    output = library.roots[0][1] / "scenes"
     line = [sys.executable, str(ROOT / "distill/train.py"), "--config", str(ROOT / CONFIG)]
-    line += [f"--method.prompt={prompt}", f"--output={run}"]
+    line += [f"--method.prompt={prompt}", f"--output={output}"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)
         try:
             while process.poll() is None:
-                yield progress(run), newest_sample(run), None
+                yield progress(output), newest_sample(output), None
                 time.sleep(LOOK_EVERY)
         finally:
             if process.poll() is None:
@@ -99,21 +94,28 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, str | None, Path
             log.seek(0)
             said = log.read().decode(errors="replace").strip().splitlines() or ["nothing was said"]
             raise UserError(f"the training ended with status {process.returncode}: {said[-1][:300]}")
-    yield progress(run), newest_sample(run), run
+    made = [scene for scene in library.scenes().values() if scene.is_relative_to(output)]
+    yield progress(output), newest_sample(output), made[0] if made else None
 
 
-def progress(run: Path) -> str:
-    """How far a training is."""
-    series = read_metrics(run / "metrics.jsonl")
+def newest(folder: Path, pattern: str) -> Path | None:
+    return max(matching(folder, pattern), key=changed, default=None)
+
+
+def progress(output: Path) -> str:
+    """How far the stage is that wrote last."""
+    log = newest(output, "**/metrics.jsonl")
+    if log is None:
+        return "starting"
+    series = read_metrics(log)
     step = max((points[-1][0] for points in series.values()), default=0.0)
-    last = settings_of(run).get("train", {})
-    steps = last.get("steps") if isinstance(last, dict) else None
-    return f"step {step:.0f}" + (f" of {steps}" if isinstance(steps, int) else "")
+    train = settings_of(log.parent).get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return f"{log.parent.name}: step {step:.0f}" + (f" of {steps}" if isinstance(steps, int) else "")
 
 
-def newest_sample(run: Path) -> str | None:
-    found = matching(run, "samples/step-*.png")
-    return copied(found[-1]) if found else None
+def newest_sample(output: Path) -> str | None:
+    return copied(newest(output, "**/samples/step-*.png"))
 
 
 def endpoints(engine: Engine) -> None:
@@ -121,11 +123,11 @@ def endpoints(engine: Engine) -> None:
 
     def listed() -> list[str]:
         """Names of the finished scenes."""
-        return list(scenes(engine.library))
+        return list(engine.library.scenes())
 
-    def view(run: str) -> tuple[dict | None, dict | None]:
+    def view(scene: str) -> tuple[dict | None, dict | None]:
         """A finished scene's mesh (GLB) and turntable (MP4), each null where there is none."""
-        folder = scene(engine.library, run)
+        folder = engine.library.scene(scene)
         mesh, turntable = copied(mesh_of(folder)), copied(turntable_of(folder))
         return mesh and file_data(mesh), turntable and file_data(turntable)  # type: ignore[return-value]
 
@@ -136,7 +138,7 @@ def endpoints(engine: Engine) -> None:
 def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     library = engine.library
-    names = list(scenes(library))
+    names = list(library.scenes())
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             viewer = gr.Model3D(
@@ -177,15 +179,13 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
     def show(name: str | None) -> tuple[Any, ...]:
         if not name:
             return (gr.skip(),) * 4
-        folder = scene(library, name)
+        folder = library.scene(name)
         mesh = copied(mesh_of(folder))
-        values = settings_of(folder).get("method")
-        asked = str(values.get("prompt", "")) if isinstance(values, dict) else ""
         return (
             mesh,
             gr.update(value=mesh, interactive=mesh is not None),
             copied(turntable_of(folder)),
-            html.escape(asked),
+            html.escape(prompt_of(folder)),
         )
 
     def grow(prompt: str) -> Iterator[tuple[Any, ...]]:
@@ -193,7 +193,7 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
             if not may_train:
                 raise UserError("guests train no scenes: the owner can, on the machine itself")
             for line, sample, run in train(prompt, library):
-                known = scenes(library) if run else {}
+                known = library.scenes() if run else {}
                 name = next((n for n, folder in known.items() if folder == run), None)
                 choice = gr.update(choices=list(known), value=name) if name else gr.skip()
                 yield line, sample or gr.skip(), choice
@@ -201,7 +201,7 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
 
     def refreshed(name: str | None) -> Any:
-        now = list(scenes(library))
+        now = list(library.scenes())
         return gr.update(choices=now, value=name if name in now else (now[0] if now else None))
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

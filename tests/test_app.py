@@ -30,7 +30,7 @@ import httpx  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
 from app import __main__ as command  # noqa: E402
-from app import files, studio  # noqa: E402
+from app import files, scenes, studio  # noqa: E402
 from app.ask import MAX_PROMPT, MAX_SEED, Ask  # noqa: E402
 from app.engine import Engine, Walk  # noqa: E402
 from app.library import Library, inside, matching  # noqa: E402
@@ -236,6 +236,42 @@ def test_library_lists_runs_and_nothing_else(tmp_path: Path):
     assert list(Library([tmp_path / "runs" / "world" / "a"]).runs()) == ["a"]
 
 
+def test_scenes_are_found_wherever_their_files_lie(tmp_path: Path):
+    save_mesh(tmp_path / "a" / "mesh" / "mesh.glb")
+    save_mesh(tmp_path / "deep" / "a-red-cube" / "student" / "model.glb")
+    for stage, prompt in (("volume", "a red cube"), ("geometry", "a red cube")):
+        (tmp_path / "deep" / "a-red-cube" / stage).mkdir()
+        (tmp_path / "deep" / "a-red-cube" / stage / "config.yaml").write_text(f"method: {{prompt: {prompt}}}\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "turntable.mp4").write_bytes(b"")
+    library, root = Library([tmp_path]), tmp_path.name
+    assert set(library.scenes()) == {f"{root}/a", f"{root}/deep/a-red-cube", f"{root}/b"}
+    assert set(library.runs()) == {f"{root}/deep/a-red-cube/volume", f"{root}/deep/a-red-cube/geometry"}
+    assert scenes.prompt_of(library.scene(f"{root}/deep/a-red-cube")) == "a red cube"
+    assert scenes.mesh_of(library.scene(f"{root}/b")) is None
+
+
+def test_progress_is_that_of_the_stage_that_wrote_last(tmp_path: Path):
+    assert scenes.progress(tmp_path) == "starting" and scenes.newest_sample(tmp_path) is None
+    for stage, steps, age in (("volume", 7, 100), ("geometry", 3, 0)):
+        run = save_run(tmp_path / "a-red-cube" / stage, steps)
+        for path in (run / "metrics.jsonl", *(run / "samples").iterdir()):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    assert scenes.progress(tmp_path) == "geometry: step 3 of 3"
+    sample = scenes.newest_sample(tmp_path)
+    assert sample is not None and Path(sample).is_file()
+
+
+def test_a_training_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scenes, "CONFIG", "configs/solids/teacher.yaml")  # which takes no prompt
+    with pytest.raises(UserError, match=r"the training ended with status 2: .*prompt"):
+        list(scenes.train("a red cube", Library([tmp_path])))
+    with pytest.raises(UserError, match="there is no folder for runs"):
+        list(scenes.train("a red cube", Library([])))
+    with pytest.raises(UserError, match="control character"):
+        list(scenes.train("a\x00", Library([tmp_path])))
+
+
 def test_nothing_outside_a_run_is_read(tmp_path: Path):
     run = save_run(tmp_path / "run").resolve()
     (tmp_path / "secret.png").write_bytes(b"secret")
@@ -426,13 +462,14 @@ def test_hostile_settings_are_refused(client: Client, values: tuple[Any, ...], m
 
 def test_hostile_names_are_refused(client: Client):
     for name in ("../../etc", "/etc", "runs/several/../../..", "", ["x"], {"a": 1}, "x" * 10**6):
-        for endpoint in ("/run", "/report", "/scene"):
+        for endpoint in ("/run", "/report"):
             refused(client, "there is no run", name, api_name=endpoint)
+        refused(client, "there is no scene", name, api_name="/scene")
     run = next(name for name in client.predict(api_name="/runs") if name.endswith("several"))
     refused(client, "has no report '../config'", run, "../config", api_name="/report")
     refused(client, "no samples at 1", run, 1, api_name="/sample")
     refused(client, "step: ../0 is not a whole number", run, "../0", api_name="/sample")
-    refused(client, "no mesh and no turntable", run, api_name="/scene")
+    refused(client, "there is no scene", run, api_name="/scene")
 
 
 def test_hostile_uploads_are_refused(client: Client, tmp_path: Path):
