@@ -65,8 +65,8 @@ def settings_of(run: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def train(prompt: str, library: Library) -> Iterator[tuple[str, str | None, Path | None]]:
-    """Train a scene of ``prompt``: (line, newest sample, the run when it is finished), until it ends.
+def train(prompt: str, library: Library) -> Iterator[tuple[str, Path | None, Path | None]]:
+    """Train a scene of ``prompt``: (line, newest sample, the scene when it is finished), until it ends.
 
     The training is stopped, and saved, when nobody asks for the next line any more. UserError if it cannot run.
     """
@@ -80,11 +80,12 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, str | None, Path
     output = library.roots[0][1] / "scenes"
     line = [sys.executable, str(ROOT / "distill/train.py"), "--config", str(ROOT / CONFIG)]
     line += [f"--method.prompt={prompt}", f"--output={output}"]
+    since = time.time()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)
         try:
             while process.poll() is None:
-                yield progress(output), newest_sample(output), None
+                yield progress(output, since), newest_sample(output, since), None
                 time.sleep(LOOK_EVERY)
         finally:
             if process.poll() is None:
@@ -98,13 +99,14 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, str | None, Path
     yield progress(output), newest_sample(output), made[0] if made else None
 
 
-def newest(folder: Path, pattern: str) -> Path | None:
-    return max(matching(folder, pattern), key=changed, default=None)
+def newest(folder: Path, pattern: str, since: float = 0.0) -> Path | None:
+    """The file that was written last, and not before ``since``."""
+    return max((path for path in matching(folder, pattern) if changed(path) >= since), key=changed, default=None)
 
 
-def progress(output: Path) -> str:
+def progress(output: Path, since: float = 0.0) -> str:
     """How far the stage is that wrote last."""
-    log = newest(output, "**/metrics.jsonl")
+    log = newest(output, "**/metrics.jsonl", since)
     if log is None:
         return "starting"
     series = read_metrics(log)
@@ -114,8 +116,8 @@ def progress(output: Path) -> str:
     return f"{log.parent.name}: step {step:.0f}" + (f" of {steps}" if isinstance(steps, int) else "")
 
 
-def newest_sample(output: Path) -> str | None:
-    return copied(newest(output, "**/samples/step-*.png"))
+def newest_sample(output: Path, since: float = 0.0) -> Path | None:
+    return newest(output, "**/samples/step-*.png", since)
 
 
 def endpoints(engine: Engine) -> None:
@@ -192,11 +194,13 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
         try:
             if not may_train:
                 raise UserError("guests train no scenes: the owner can, on the machine itself")
+            shown = None
             for line, sample, run in train(prompt, library):
                 known = library.scenes() if run else {}
                 name = next((n for n, folder in known.items() if folder == run), None)
                 choice = gr.update(choices=list(known), value=name) if name else gr.skip()
-                yield line, sample or gr.skip(), choice
+                yield line, gr.skip() if sample == shown else copied(sample), choice
+                shown = sample
         except UserError as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
 
