@@ -33,6 +33,8 @@ from models.errors import UserError, run_command
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+    from app.engine import Engine, Made
+
 SUBJECTS = ("red cube", "green torus", "blue cone", "pink sphere", "white pyramid")
 BETWEEN = 80
 """Milliseconds between two keystrokes."""
@@ -40,9 +42,10 @@ SEEDS = 64
 """Different requests of the crowd."""
 WATCH = """() => {
     window.typed = 0; window.seen = [];
-    document.addEventListener("keydown", () => { window.typed = performance.now(); }, true);
+    const now = () => performance.timeOrigin + performance.now();
+    document.addEventListener("keydown", () => { window.typed = now(); }, true);
     document.addEventListener("load", (event) => {
-        if (event.target.matches?.("#picture img")) window.seen.push([performance.now(), event.target.src]);
+        if (event.target.matches?.("#picture img")) window.seen.push([now(), event.target.src]);
     }, true);
 }"""
 
@@ -67,7 +70,7 @@ class Options:
     """JSON file for the figures."""
 
 
-def serve(queue_size: int, model: str) -> tuple[str, Any]:
+def serve(queue_size: int, model: str) -> tuple[str, "Engine"]:
     """The page in this process; its address and its engine."""
     from app import studio
     from app.engine import Engine
@@ -80,45 +83,52 @@ def serve(queue_size: int, model: str) -> tuple[str, Any]:
 # ------------------------------------------------------------------------------------------------------- typing
 
 
+def timed(engine: "Engine") -> list[tuple[float, float]]:
+    """From now on, when the engine's models were at work: start and end in seconds since the epoch."""
+    spans, make = [], engine.make
+
+    def making(*values: Any, **named: Any) -> "Made":
+        start = time.time()
+        made = make(*values, **named)
+        spans.append((start, time.time()))
+        return made
+
+    engine.make = making
+    return spans
+
+
 def type_prompt(page: "Page", prompt: str) -> tuple[float, float, bool]:
-    """Type it; (ms from the last keystroke to the last picture, ms of the model in it, whether it is the prompt's)."""
+    """Type it; (when the last key went down, when the last picture was there, whether it is the prompt's)."""
     box = page.locator("#prompt textarea")
     box.fill("")
     page.evaluate("() => { window.seen = []; }")
     box.press_sequentially(prompt, delay=BETWEEN)
-    waited = 0
-    while True:  # until the picture of the whole prompt is there, and nothing has come for a while
+    for _ in range(100):  # until the picture of the whole prompt is there, and nothing has come for a while
         page.wait_for_timeout(100)
-        waited += 100
         seen, typed = page.evaluate("() => [window.seen, window.typed]")
         if seen:
-            picture = page.request.get(seen[-1][1]).body()
-            path = Path(files.serve(picture, "seen.png"))
-            ask = files.read_settings(str(path))
-            if ask.prompt == prompt or waited > 10_000:
-                model = float(page.inner_text("#status b").split()[0])
-                return seen[-1][0] - typed, model, ask.prompt == prompt
-        elif waited > 10_000:
-            return float("nan"), float("nan"), False
+            path = files.serve(page.request.get(seen[-1][1]).body(), "seen.png")
+            if files.read_settings(path).prompt == prompt:
+                return typed / 1e3, seen[-1][0] / 1e3, True
+    return typed / 1e3, time.time(), False
 
 
 def typing(options: Options) -> dict[str, Any]:
-    address, _ = serve(options.queue_size, options.model)
+    address, engine = serve(options.queue_size, options.model)
     whole, models, complete = [], [], 0
+    spans = timed(engine)
     with browser() as made:
         page = open_page(made, address)
         page.evaluate(WATCH)
         for index in range(options.prompts + 1):
-            prompt = (
-                f"a photo of a {SUBJECTS[index % len(SUBJECTS)]} {'and a cone' * (index // len(SUBJECTS) % 2)}".strip()
-            )
-            total, model, right = type_prompt(page, prompt)
+            second = " and a cone" if index // len(SUBJECTS) % 2 else ""
+            start, end, right = type_prompt(page, f"a photo of a {SUBJECTS[index % len(SUBJECTS)]}{second}")
             if index > 0:  # the first one warms up
-                whole.append(total / 1e3)
-                models.append(model / 1e3)
+                whole.append(end - start)
+                models.append(sum(max(0.0, min(end, b) - max(start, a)) for a, b in spans))
                 complete += right
-    outside = [t - m for t, m in zip(whole, models, strict=True)]
     found: dict[str, Any] = {"prompts": options.prompts, "ended with the whole prompt": complete}
+    outside = [t - m for t, m in zip(whole, models, strict=True)]
     for name, values in (("last keystroke to picture", whole), ("model", models), ("outside the model", outside)):
         spread = Spread.of(values)
         found[f"{name}, ms"] = f"{spread.median:.0f} ({spread.low:.0f} to {spread.high:.0f})"
