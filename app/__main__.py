@@ -72,4 +72,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Options)))
+    run_command(lambda: main(tyro.cli(Options, prog="python -m app")))

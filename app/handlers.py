@@ -1,5 +1,6 @@
 """What all tabs do with an answer: errors as one line, pictures as files, figures as a sentence."""
 
+import html
 import math
 import sys
 import traceback
@@ -27,6 +28,12 @@ SMALL = 512 * 512
 """Pixels up to which a PNG costs next to nothing; above that it takes longer than a student does."""
 
 
+def refusal(error: UserError) -> gr.Error:
+    """One line for the page, which takes it for HTML."""
+    line = " ".join(str(error).split()).replace("<", "‹").replace(">", "›")
+    return gr.Error(line, print_exception=False, duration=5)
+
+
 def guarded(handler: Callable[P, R]) -> Callable[P, R]:
     """A mistake of the user's, and a fault of ours, as one line in the page or to the client; never a traceback."""
 
@@ -35,7 +42,7 @@ def guarded(handler: Callable[P, R]) -> Callable[P, R]:
         try:
             return handler(*args, **kwargs)
         except UserError as error:
-            raise gr.Error(" ".join(str(error).split()), print_exception=False, duration=5) from error
+            raise refusal(error) from error
         except gr.Error:
             raise
         except Exception as error:
@@ -99,8 +106,8 @@ def sentence(made: Made, ask: Ask) -> str:
         parts.append(f"by student {', '.join(map(str, dict.fromkeys(made.owners)))}")
     line = " · ".join(parts)
     if made.unknown:
-        line += f"<br><span class='warn'>unknown to this model: {', '.join(made.unknown)}</span>"
-    return line
+        line += f"<br><span class='warn'>unknown to this model: {html.escape(', '.join(made.unknown))}</span>"
+    return f"<span role='status'>{line}</span>"
 
 
 def usual(engine: Engine) -> str:

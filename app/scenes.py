@@ -16,7 +16,7 @@ import yaml
 from app import files
 from app.ask import text
 from app.engine import Engine
-from app.handlers import file_data, guarded
+from app.handlers import file_data, guarded, refusal
 from app.library import Library, changed, inside, matching
 from eval.report import read_metrics
 from models.errors import UserError
@@ -202,7 +202,7 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
                 yield line, gr.skip() if sample == shown else copied(sample), choice
                 shown = sample
         except UserError as error:
-            raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+            raise refusal(error) from error
 
     def refreshed(name: str | None) -> Any:
         now = list(library.scenes())

@@ -174,6 +174,11 @@ def test_download_carries_the_settings_and_reload_brings_them_back(page: "Page",
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text("this picture carries no settings of this studio")
     assert "Traceback" not in page.content()
+    ask = Ask("<img src=x onerror='window.broken = 1'>", "a cone")
+    (tmp_path / "crafted.png").write_bytes(files.encode(Image.new("RGB", (8, 8)), ask.as_json(), "png"))
+    upload(page, "#reload", tmp_path / "crafted.png")
+    expect(toast.filter(has_text="there is no model")).to_be_visible()
+    assert page.evaluate("() => window.broken") is None
 
 
 def test_a_model_of_classes_asks_for_classes(page: "Page"):
