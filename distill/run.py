@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from torch import Tensor
 
+from distill import parallel
 from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.settings import Config, MultiStudent, write_config
 from distill.trainer import Trainer
+from models.adapters import merged
 from models.errors import UserError
 from models.multi_student import assemble
 from models.teachers import resolve
@@ -32,6 +33,7 @@ FREE_KEYS = {"output", "evaluation", "method.only"} | {
     for name in (
         "steps",
         "cpu_threads",
+        "parallel",
         "log_every",
         "sample_every",
         "checkpoint_every",
@@ -52,6 +54,7 @@ def build(config: Config) -> Trainer:
         project_dir=str(config.output),
         step_scheduler_with_optimizer=False,
     )
+    parallel.check_launch(accelerator)
     if accelerator.device.type == "cpu":  # accelerate launch leaves each process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -116,10 +119,13 @@ def train(config: Config) -> int:
         if main:
             print(f"stopped at step {trainer.step} of {config.train.steps}; the same command resumes", file=sys.stderr)
         return STOPPED
-    if main:
-        with trainer.ema_weights():
+    with trainer.ema_weights():
+        if main:
             card = model_card(config, trainer.spec)
             trainer.spec.save(config.output / "student", trainer.method.exported(), card)
+        elif config.train.parallel == "fsdp2":  # its parts are gathered
+            merged(trainer.method.exported())
+    if main:
         print(f"student: {config.output / 'student'}")
         if config.evaluation.num_images:
             evaluate(config, trainer.stream)
@@ -130,9 +136,9 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, spec = class_teacher(config)
-    weights = cast(PatchUNet, denoiser.network).unet.class_embedding.weight  # type: ignore[union-attr]
-    owner = multi_student.student_of_class(settings, cast(Tensor, weights).detach()[: spec.num_classes])
+    denoiser, _ = class_teacher(config)
+    embeddings = cast(PatchUNet, denoiser.network).class_embeddings().detach()
+    owner = multi_student.student_of_class(settings, embeddings)
     chosen = range(settings.students) if settings.only is None else [settings.only]
     return owner, {k: multi_student.runs(config, settings, k, multi_student.classes_of(k, owner)) for k in chosen}
 

@@ -1,9 +1,11 @@
 """A teacher is a denoiser: ``denoise(x_t, t, cond) -> x0``, whatever its network predicts and however it was noised."""
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,14 @@ from models.process import Process, expand_to
 
 class StopForward(Exception):
     """Ends a network's forward pass once the last tapped block has run."""
+
+
+class CoreNetwork(nn.Module, ABC):
+    """A network of diffusers, ``core``, called as ``network(x, t, cond)``."""
+
+    @property
+    @abstractmethod
+    def core(self) -> Any: ...
 
 
 class Denoiser(nn.Module):
@@ -72,12 +82,13 @@ class Denoiser(nn.Module):
         modules = dict(self.network.named_modules())
         unknown = [name for name in taps if name not in modules]
         if unknown or not taps:
-            blocks = [name for name in modules if name.endswith("mid_block") or name.split(".")[-1].isdigit()]
+            blocks = [name for name in modules if re.search(r"(mid_block|\.\d+|_block\d+)$", name)]
             raise ValueError(f"no block named {unknown} in this network; taps may be {blocks}")
         features: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            features.append(output if isinstance(output, Tensor) else output[0])
+            # (picture, skipped ones) of a U-Net's block, (text, picture) of a joint transformer's
+            features.append(output if isinstance(output, Tensor) else [o for o in output if isinstance(o, Tensor)][-1])
             if len(features) == len(taps):
                 after_last()
 

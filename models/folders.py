@@ -14,6 +14,11 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where :func:`replace_folder` has ``folder`` until it is whole."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` when the block ends well; otherwise nothing changes.
@@ -21,7 +26,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     Files are on the disk before that. A crash between the two renames leaves the old folder under another name, which
     the next call puts back.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    temporary, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (temporary, old):
