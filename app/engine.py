@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ from models.denoiser import Denoiser
 from models.errors import UserError
 from models.multi_student import MultiStudent
 from models.seeds import Draws
-from models.student import OneStepStudent
-from models.teachers import embedded
+from models.teachers.base import ClassSpec, TextSpec
 
 EMBEDDED = ("embedded:solids_sprint", "embedded:solids_control", "embedded:solids", "embedded:fashion_mnist")
 TEACHER_STEPS = 20
@@ -115,14 +115,14 @@ class Model(ABC):
 class TextModel(Model):
     """A text-to-image teacher or student, perhaps with a control branch."""
 
-    def __init__(self, denoiser: Denoiser, spec: Any, device: str):
+    def __init__(self, denoiser: Denoiser, spec: TextSpec, device: str):
         self.painter = Painter(denoiser.to(device), spec.to(device), 1, spec.guidance)
         self.facts = Facts(
             student=spec.student,
             classes=(),
             steps=1 if spec.student else TEACHER_STEPS,
-            most_steps=len(spec.times) if spec.student else MOST_TEACHER_STEPS,
-            guidance=spec.guidance,
+            most_steps=MOST_TEACHER_STEPS if spec.times is None else len(spec.times),
+            guidance=spec.guidance if (spec.tellable if spec.student else spec.guidable) else None,
             side=None if spec.control is None else spec.picture[1],
             examples=tuple(spec.examples),
             owners=None,
@@ -131,8 +131,11 @@ class TextModel(Model):
 
     def sample(self, ask: Ask, words: Sequence[str], draws: Draws, extras: Extras) -> Tensor:
         lines = extras.lines
-        scale = self.facts.guidance if ask.guidance is None else ask.guidance
-        painter = Painter(self.painter.denoiser, self.painter.spec, ask.steps, 1.0 if scale is None else scale)
+        if ask.guidance is None or self.facts.guidance is None:
+            scale = self.painter.spec.guidance if self.facts.student or self.facts.guidance is not None else 1.0
+        else:
+            scale = ask.guidance
+        painter = Painter(self.painter.denoiser, self.painter.spec, ask.steps, scale)
         cond = painter.embed(words, None if lines is None else lines.expand(len(words), -1, -1, -1))
         if self.facts.side is None:
             return painter.spec.decode(painter.latents(cond, draws))
@@ -147,7 +150,7 @@ class TextModel(Model):
 class ClassModel(Model):
     """A class-conditional teacher, student, or folder of several students."""
 
-    def __init__(self, folder: Path, denoiser: Denoiser, spec: embedded.Spec, device: str):
+    def __init__(self, folder: Path, denoiser: Denoiser, spec: ClassSpec, device: str):
         self.device, self.spec = device, spec
         self.denoiser, self.several = denoiser.to(device), None
         if spec.student_of_class is not None:
@@ -156,7 +159,7 @@ class ClassModel(Model):
             student=spec.student,
             classes=tuple(spec.class_names),
             steps=1 if spec.student else TEACHER_STEPS,
-            most_steps=1 if spec.student else MOST_TEACHER_STEPS,
+            most_steps=_most_steps(spec) if spec.student else MOST_TEACHER_STEPS,
             guidance=None,
             side=None,
             examples=tuple(spec.class_names),
@@ -184,9 +187,9 @@ class ClassModel(Model):
             if only is not None:
                 return Sampler.student(several.student(only))
             return Sampler("several", 1, lambda z, cond, _noise: several.generate(z, cond))
-        if self.spec.sigma_init is None:
+        if not self.spec.student:
             return Sampler.teacher(self.denoiser, steps)
-        return Sampler.student(OneStepStudent(self.denoiser, self.spec.sigma_init))
+        return Sampler.student(self.spec.one_step(self.denoiser), self.spec.later(steps))
 
     def owners(self, words: Sequence[str], only: int | None) -> tuple[int, ...] | None:
         if self.facts.owners is None:
@@ -196,11 +199,20 @@ class ClassModel(Model):
         return tuple(self.facts.owners[i] for i in self._ids(words))
 
 
+def _most_steps(spec: ClassSpec) -> int:
+    """How many of four steps a student has times for."""
+    for steps in (4, 3, 2):
+        with suppress(UserError):
+            spec.later(steps)
+            return steps
+    return 1
+
+
 def load(folder: Path, device: str) -> Model:
     """The one place that tells the kinds of folders apart. UserError if it cannot be read."""
     try:
         denoiser, spec = teachers.load(folder)
-        if isinstance(spec, embedded.Spec):
+        if isinstance(spec, ClassSpec):
             return ClassModel(folder, denoiser, spec, device)
         return TextModel(denoiser, spec, device)
     except (RuntimeError, IndexError, AttributeError) as error:  # what damaged weights and settings raise
