@@ -33,7 +33,8 @@ from models.errors import UserError, run_command
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from app.engine import Engine, Made
+    from app.engine import Engine
+    from app.networks import Made
 
 SUBJECTS = ("red cube", "green torus", "blue cone", "pink sphere", "white pyramid")
 BETWEEN = 80

@@ -8,8 +8,9 @@ from typing import Any
 import gradio as gr
 
 from app.ask import MAX_COUNT, MAX_SEED, Ask
-from app.engine import MOST_TEACHER_STEPS, Engine, Made
+from app.engine import Engine
 from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, usual
+from app.networks import MOST_TEACHER_STEPS, Made
 from app.scores import scores
 from models.errors import UserError
 

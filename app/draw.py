@@ -17,7 +17,6 @@ from app.engine import Engine
 from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, sentence, uploaded
 from models.errors import UserError
 
-SIDE = 64
 LONGEST = 400_000
 """Characters of a drawing that a page sends."""
 HEAD = "data:image/png;base64,"

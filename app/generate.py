@@ -6,8 +6,9 @@ import gradio as gr
 
 from app import files
 from app.ask import MAX_COUNT, MAX_SEED, Ask
-from app.engine import MOST_TEACHER_STEPS, Engine, Facts
+from app.engine import Engine
 from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, sentence, uploaded, usual
+from app.networks import Facts
 
 NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
 NEW_UNLESS_KEPT = "(kept, seed) => [kept, kept ? seed : Math.floor(Math.random() * 4294967296)]"
@@ -215,6 +216,3 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
 def _samples(facts: Facts) -> list[list[str]]:
     """A few short prompts of different length."""
     return [[text] for text in sorted(dict.fromkeys(facts.examples), key=len)[::3][:6]]
-
-
-__all__ = ["MOST_TEACHER_STEPS", "endpoints", "tab"]

@@ -14,7 +14,8 @@ import gradio as gr
 
 from app import files
 from app.ask import Ask, shown
-from app.engine import Engine, Made
+from app.engine import Engine
+from app.networks import Made
 from models.errors import UserError
 
 P = ParamSpec("P")

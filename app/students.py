@@ -9,8 +9,9 @@ from torch import Tensor
 
 from app import files
 from app.ask import MAX_SEED, Ask, whole
-from app.engine import Engine, Facts, Made
+from app.engine import Engine
 from app.handlers import MODEL, figures, file_data, guarded
+from app.networks import Facts, Made
 from models.errors import UserError
 
 COLOURS = ("#2f7fd6", "#d9772b", "#2f9e62", "#b04fc0", "#c9373f", "#8a8a2a", "#1f9aa8", "#7a5c3e")

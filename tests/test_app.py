@@ -32,8 +32,9 @@ from gradio_client import Client, handle_file  # noqa: E402
 from app import __main__ as command  # noqa: E402
 from app import files, scenes, studio  # noqa: E402
 from app.ask import MAX_PROMPT, MAX_SEED, Ask  # noqa: E402
-from app.engine import Engine, Walk  # noqa: E402
+from app.engine import Engine  # noqa: E402
 from app.library import Library, inside, matching  # noqa: E402
+from app.networks import Walk  # noqa: E402
 from app.scores import scores  # noqa: E402
 
 SPRINT, CONTROL, CLASSES = "embedded:solids_sprint", "embedded:solids_control", "embedded:fashion_mnist"
