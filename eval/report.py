@@ -94,7 +94,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return series
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
             step = float(entry.pop("step"))
