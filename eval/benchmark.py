@@ -2,9 +2,11 @@
 
 Runs the trainer's own dry run in a process for each batch size, so that peaks of memory do not mix. ``--step routing``
 times several students on a mixed batch against one of them alone, ``--step scoring`` eval.fid's torch_fidelity protocol
-against torch-fidelity itself on folders of ``--batch`` pictures. Compare figures of one call only.
+against torch-fidelity itself on folders of ``--batch`` pictures, ``--step adapters`` LoRA against full fine-tuning.
+Compare figures of one call only.
 """
 
+import itertools
 import json
 import shutil
 import statistics
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from eval import shapes
+from eval.shapes import Shape
 from models import teachers
 from models.condition import Condition
 from models.errors import UserError, run_command
@@ -43,8 +48,10 @@ class Options:
         "uni_instruct",
         "routing",
         "scoring",
+        "adapters",
     ] = "f_distill"
-    """Method whose turns are measured; routing: generation by several students of this network; scoring: FID."""
+    """Method whose turns are measured; routing: generation by several students of this network; scoring: FID; adapters:
+    Diff-Instruct on text-to-image teachers of the --shapes, with LoRA and in full."""
     teacher: str = "embedded:fashion_mnist"
     """Network: folder of a teacher, or embedded:NAME. Its resolution is the resolution measured."""
     batch: tuple[int, ...] = (32, 64, 128)
@@ -55,6 +62,8 @@ class Options:
     """Data settings, as YAML."""
     set: tuple[str, ...] = ()
     """More overrides of the training settings: --set method.reuse_samples=false."""
+    shapes: tuple[Shape, ...] = ("tiny_sd", "tiny_sana")
+    """Of --step adapters: networks with random weights in published or tiny sizes; the large ones want a GPU."""
     students: int = 4
     """Students of --step routing."""
 
@@ -68,10 +77,14 @@ def measure(options: Options, batch: int) -> dict[str, Any]:
         "train.batch_size": str(batch),
         "train.mixed_precision": f"'{options.precision}'",
     }
+    return dry_run(_command(values, options.set), cwd=ROOT)
+
+
+def _command(values: dict[str, str], more: Sequence[str]) -> list[str]:
+    """The quickstart's training command with other settings."""
     config = ROOT / "configs" / "fashion_mnist" / "quickstart.yaml"
-    overrides = [*(f"{key}={value}" for key, value in values.items()), *options.set]
-    line = [str(ROOT / "distill" / "train.py"), "--config", str(config), *(f"--{item}" for item in overrides)]
-    return dry_run(line, cwd=ROOT)
+    overrides = [*(f"{key}={value}" for key, value in values.items()), *more]
+    return [str(ROOT / "distill" / "train.py"), "--config", str(config), *(f"--{item}" for item in overrides)]
 
 
 def dry_run(arguments: list[str], cwd: Path | None = None) -> dict[str, Any]:
@@ -135,6 +148,34 @@ def scoring(options: Options, repeats: int = 2) -> None:
         print(f"{count:>9}{theirs:>18.2f}{mine:>12.2f}{mine / theirs:>8.3f}{apart:>12.1e}", flush=True)
 
 
+def adapters(options: Options) -> None:
+    """Print seconds and peak memory of turns with LoRA and in full, with and without gradient checkpointing."""
+    title = f"{'shape':<12}{'trained':>8}{'checkpointing':>15}{'batch':>6}{'student s':>11}{'critic s':>10}"
+    print(f"{title}{'foreseen GiB':>14}{'peak GiB':>10}{'largest batch':>15}  device")
+    for shape in options.shapes:
+        with tempfile.TemporaryDirectory() as temporary:
+            base = Path(temporary)
+            shapes.write(base / "teacher", shape)
+            (base / "prompts.txt").write_text("a red cube\na photo of a blue sphere\n")
+            for lora, checkpointing, batch in itertools.product((True, False), (False, True), options.batch):
+                values = {
+                    "data": f"{{kind: conditions_only, prompts: '{base / 'prompts.txt'}'}}",
+                    "method": "{kind: diff_instruct}",
+                    "teacher": f"{{path: '{base / 'teacher'}'}}",
+                    "lora": "{rank: 64}" if lora else "null",
+                    "train.gradient_checkpointing": str(checkpointing).lower(),
+                    "train.batch_size": str(batch),
+                    "train.mixed_precision": f"'{options.precision}'",
+                }
+                found = dry_run(_command(values, options.set), cwd=ROOT)
+                memory, name = found["memory_gib"], f"{shape:<12}{'LoRA' if lora else 'full':>8}"
+                times = f"{found['seconds_per_student_turn']:>11.3f}{found['seconds_per_critic_turn']:>10.3f}"
+                peak = "not run" if found["measured_peak_gib"] is None else f"{found['measured_peak_gib']:.3f}"
+                name += f"{'yes' if checkpointing else 'no':>15}{batch:>6}{times}"
+                line = f"{name}{memory['total']:>14.3f}{peak:>10}{found['largest_micro_batch']:>15}"
+                print(f"{line}  {found['device']}", flush=True)
+
+
 def _write_pictures(base: Path, count: int) -> None:
     """Weights and two folders, ``made`` and ``real``, of smooth random pictures."""
     import numpy as np
@@ -182,6 +223,8 @@ def main(options: Options) -> None:
         return routing(options)
     if options.step == "scoring":
         return scoring(options)
+    if options.step == "adapters":
+        return adapters(options)
     title = f"{options.step}, {'own network' if options.step == 'pretrain' else options.teacher}"
     print(f"{title}, precision {options.precision}")
     print(f"{'batch':>6}{'student s':>11}{'critic s':>10}{'ratio':>8}{'pictures/s':>12}{'peak GiB':>10}  device")

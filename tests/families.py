@@ -8,31 +8,10 @@ import diffusers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from models.teachers import sana
+from eval.shapes import SD_NOISE, clip, clip_tokenizer
 
-WORDS = ["a</w>", "photo</w>", "of</w>", "red</w>", "cube</w>", "sphere</w>"]
-FLOW = {"shift": 3.0}
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def clip_tokenizer(folder: Path) -> Any:
-    """CLIP's own class, of single letters."""
-    letters = [chr(c) for c in range(97, 123)]
-    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(entries)}, merges=[], model_max_length=77, pad_token="<|endoftext|>"
-    )
-
-
-def clip(projection: bool) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=54, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=32, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+FLOW: dict[str, Any] = {"shift": 3.0}
 
 
 def letters_tokenizer(special: dict[str, str], template: str | None = None) -> Any:
@@ -72,35 +51,35 @@ def unet(**more: Any) -> Any:
     )  # fmt: skip
 
 
-def stable_diffusion(folder: Path) -> Any:
+def stable_diffusion() -> Any:
     return diffusers.StableDiffusionPipeline(
-        vae=autoencoder(4, scaling_factor=0.18215), text_encoder=clip(False), tokenizer=clip_tokenizer(folder),
-        unet=unet(cross_attention_dim=32), scheduler=diffusers.PNDMScheduler(**SD, skip_prk_steps=True),
+        vae=autoencoder(4, scaling_factor=0.18215), text_encoder=clip(), tokenizer=clip_tokenizer(),
+        unet=unet(cross_attention_dim=32), scheduler=diffusers.PNDMScheduler(**SD_NOISE, skip_prk_steps=True),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-def stable_diffusion_2(folder: Path) -> Any:
-    pipe = stable_diffusion(folder)
-    pipe.register_modules(scheduler=diffusers.DDIMScheduler(**SD, prediction_type="v_prediction"))
+def stable_diffusion_2() -> Any:
+    pipe = stable_diffusion()
+    pipe.register_modules(scheduler=diffusers.DDIMScheduler(**SD_NOISE, prediction_type="v_prediction"))
     return pipe
 
 
-def stable_diffusion_xl(folder: Path) -> Any:
-    tokenizer = clip_tokenizer(folder)
+def stable_diffusion_xl() -> Any:
+    tokenizer = clip_tokenizer()
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
     return diffusers.StableDiffusionXLPipeline(
-        vae=autoencoder(4, scaling_factor=0.13025, force_upcast=True), text_encoder=clip(False), tokenizer=tokenizer,
-        text_encoder_2=clip(True), tokenizer_2=tokenizer, unet=unet(cross_attention_dim=64, **added),
-        scheduler=diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="leading"), add_watermarker=False,
+        vae=autoencoder(4, scaling_factor=0.13025, force_upcast=True), text_encoder=clip(), tokenizer=tokenizer,
+        text_encoder_2=clip(projection=True), tokenizer_2=tokenizer, unet=unet(cross_attention_dim=64, **added),
+        scheduler=diffusers.EulerDiscreteScheduler(**SD_NOISE, timestep_spacing="leading"), add_watermarker=False,
     )  # fmt: skip
 
 
-def pixart_sigma(_folder: Path) -> Any:
+def pixart_sigma() -> Any:
     encoder, tokenizer = t5()
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, in_channels=4,
@@ -112,22 +91,23 @@ def pixart_sigma(_folder: Path) -> Any:
     )  # fmt: skip
 
 
-def stable_diffusion_3(folder: Path) -> Any:
+def stable_diffusion_3() -> Any:
     encoder, t5_tokenizer = t5(64)
-    tokenizer = clip_tokenizer(folder)
+    tokenizer = clip_tokenizer()
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
     )  # fmt: skip
     vae = autoencoder(4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     return diffusers.StableDiffusion3Pipeline(
-        vae=vae, text_encoder=clip(True), tokenizer=tokenizer, text_encoder_2=clip(True), tokenizer_2=tokenizer,
+        vae=vae, text_encoder=clip(projection=True), tokenizer=tokenizer,
+        text_encoder_2=clip(projection=True), tokenizer_2=tokenizer,
         text_encoder_3=encoder, tokenizer_3=t5_tokenizer, transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
     )  # fmt: skip
 
 
-def flux(folder: Path) -> Any:
+def flux() -> Any:
     encoder, t5_tokenizer = t5()
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -135,13 +115,13 @@ def flux(folder: Path) -> Any:
     )  # fmt: skip
     vae = autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
     return diffusers.FluxPipeline(
-        vae=vae, text_encoder=clip(False), tokenizer=clip_tokenizer(folder), text_encoder_2=encoder,
+        vae=vae, text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=encoder,
         tokenizer_2=t5_tokenizer, transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )  # fmt: skip
 
 
-def qwen_image(_folder: Path) -> Any:
+def qwen_image() -> Any:
     sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.Qwen2_5_VLConfig(
         text_config=sizes | dict(num_key_value_heads=2, vocab_size=256, max_position_embeddings=1024,
@@ -163,7 +143,7 @@ def qwen_image(_folder: Path) -> Any:
     )  # fmt: skip
 
 
-def z_image(_folder: Path) -> Any:
+def z_image() -> Any:
     config = transformers.Qwen3Config(
         vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8,
@@ -180,7 +160,7 @@ def z_image(_folder: Path) -> Any:
     )  # fmt: skip
 
 
-def dit(_folder: Path) -> Any:
+def dit() -> Any:
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
         out_channels=8, num_embeds_ada_norm=3, norm_type="ada_norm_zero",
@@ -191,7 +171,7 @@ def dit(_folder: Path) -> Any:
     return pipe
 
 
-def ddpm(_folder: Path) -> Any:
+def ddpm() -> Any:
     unet = diffusers.UNet2DModel(
         sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -199,7 +179,7 @@ def ddpm(_folder: Path) -> Any:
     return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
 
 
-FAMILIES: dict[str, Callable[[Path], Any]] = {
+FAMILIES: dict[str, Callable[[], Any]] = {
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_2": stable_diffusion_2,
     "stable_diffusion_xl": stable_diffusion_xl,
@@ -209,7 +189,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
     "qwen_image": qwen_image,
     "z_image": z_image,
 }
-CLASSES: dict[str, Callable[[Path], Any]] = {"dit": dit, "ddpm": ddpm}
+CLASSES: dict[str, Callable[[], Any]] = {"dit": dit, "ddpm": ddpm}
 """Those without text."""
 FLOWS = ("stable_diffusion_3", "flux", "qwen_image", "z_image")
 
@@ -217,13 +197,10 @@ FLOWS = ("stable_diffusion_3", "flux", "qwen_image", "z_image")
 def save(folder: Path, family: str) -> Path:
     """The pipeline folder, written by stock diffusers; every weight is random and no answer is zero."""
     torch.manual_seed(0)
-    pipe = (FAMILIES | CLASSES)[family](folder / "tokenizer")
+    pipe = (FAMILIES | CLASSES)[family]()
     core = getattr(pipe, "unet", None) or pipe.transformer
     with torch.no_grad():
         for parameter in core.parameters():  # some outputs start at zero
             parameter.add_(0.02 * torch.randn_like(parameter))
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-__all__ = ["CLASSES", "FAMILIES", "FLOWS", "sana", "save"]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from distill.settings import read_config
+from eval.shapes import SD15_UNET, SDXL_UNET, sana_transformer
 from models.teachers.edm_networks import DhariwalUNet, SongUNet
 from models.teachers.embedded import PatchUNet
 from models.teachers.flux import Flux
@@ -35,17 +36,9 @@ def network(name: str) -> nn.Module:
             case "imagenet64":  # edm-imagenet-64x64-cond-adm
                 return PatchUNet(DhariwalUNet(64, 3, 3, label_dim=1000), 1, 1000)
             case "sd15":
-                return StableDiffusion(UNet2DConditionModel(64, cross_attention_dim=768), 8)
+                return StableDiffusion(UNet2DConditionModel(**SD15_UNET), 8)
             case "sdxl":
-                sizes: dict[str, Any] = {
-                    "sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
-                    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                    "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048,
-                    "use_linear_projection": True, "addition_embed_type": "text_time",
-                    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-                }  # fmt: skip
-                return StableDiffusionXL(UNet2DConditionModel(**sizes), 8)
+                return StableDiffusionXL(UNet2DConditionModel(**SDXL_UNET), 8)
             case "sd35":  # medium
                 return StableDiffusion3(
                     SD3Transformer2DModel(
@@ -57,18 +50,11 @@ def network(name: str) -> nn.Module:
             case "flux":
                 return Flux(FluxTransformer2DModel(guidance_embeds=True), 8)
             case "sprint_600m":
-                return SanaNetwork(sana(28, 36, 1152))
+                return SanaNetwork(sana_transformer(28, 36, 1152))
             case "sprint_1600m":
-                return SanaNetwork(sana(20, 70, 2240))
+                return SanaNetwork(sana_transformer(20, 70, 2240))
             case _:
                 raise ValueError(name)
-
-
-def sana(depth: int, heads: int, width: int) -> SanaTransformer2DModel:
-    return SanaTransformer2DModel(
-        num_layers=depth, num_attention_heads=heads, num_cross_attention_heads=width // 112,
-        cross_attention_head_dim=112, cross_attention_dim=width, qk_norm="rms_norm_across_heads", timestep_scale=0.001,
-    )  # fmt: skip
 
 
 PARAMETERS = {
