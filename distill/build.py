@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distill import checkpoint, rows
+from distill.build_scene import build_stage
 from distill.consistency_losses import nu_floor
 from distill.data import (
     Captions,
@@ -55,6 +56,7 @@ from distill.settings import (
     MultiStudent,
     Pretrain,
     SanaSize,
+    SceneDistillation,
     ScoreMatching,
     SiD,
     SiDA,
@@ -153,6 +155,8 @@ def build_method(
             return _consistency(config, config.method, shape, class_names)
         case MultiStudent():
             raise ValueError("multi_student is a plan of runs, not one run")
+        case SceneDistillation():
+            return build_stage(config, config.method)
         case ScoreMatching():
             return _score_matching(config, config.method, shape, class_names)
         case Pretrain():

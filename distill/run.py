@@ -13,11 +13,12 @@ import yaml
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
+from distill import build_scene
 from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
-from distill.settings import Config, MultiStudent, write_config
+from distill.settings import Config, MultiStudent, SceneDistillation, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
 from models.multi_student import assemble
@@ -98,6 +99,8 @@ def train(config: Config) -> int:
     """Train to the end, export the student and score it if asked to; returns the process's exit status."""
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
+    if isinstance(config.method, SceneDistillation) and config.method.stage is None:
+        return train_scene(config, config.method)
     check_same_run(config)
     trainer = build(config)
     main = trainer.accelerator.is_main_process
@@ -152,7 +155,7 @@ def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
 def _finished(run: Config) -> bool:
     """Whether a stage has been trained; UserError if by other settings than are asked for now."""
     check_same_run(run)
-    if not (run.output / "student" / "model_index.json").is_file():
+    if not any((run.output / "student" / name).is_file() for name in ("model_index.json", "scene.json")):
         return False
     steps = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["steps"]
     if steps != run.train.steps:
@@ -197,6 +200,15 @@ def train_students(config: Config, settings: MultiStudent) -> int:
     print(f"student: {config.output / 'student'}")
     if config.evaluation.num_images:
         evaluate(config)
+    return 0
+
+
+def train_scene(config: Config, settings: SceneDistillation) -> int:
+    """Run the stages, finished ones aside, and write the scene's files."""
+    for run in build_scene.runs(config, settings):
+        if settings.only in (None, cast(SceneDistillation, run.method).stage) and not _finished(run):
+            if status := train(run):
+                return status
     return 0
 
 

@@ -1,0 +1,130 @@
+"""From settings to one stage of text to 3D, and from one command to all of them."""
+
+import re
+from pathlib import Path
+from typing import cast
+
+from distill.methods.base import Method
+from distill.methods.scene_distillation import Prompts, SceneDistillation
+from distill.settings import Config, DiffInstruct, FDistill, SceneStage, UniInstruct
+from distill.settings import SceneDistillation as Settings
+from models.condition import Condition
+from models.denoiser import Denoiser, Guided
+from models.errors import UserError
+from models.scene import saved
+from models.scene.cameras import Orbit
+from models.scene.critic import LoRACritic
+from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.particles import Generator
+from models.teachers import base, load
+from models.teachers.sana import SanaSpec
+
+
+def slug(prompt: str) -> str:
+    """A short name of a folder for a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "scene"
+
+
+def folder(config: Config) -> Path:
+    """Where a prompt's stages and files lie."""
+    assert isinstance(config.method, Settings)
+    return config.output / slug(config.method.prompt)
+
+
+def runs(config: Config, settings: Settings) -> list[Config]:
+    """One run for each stage, in order; each starts from the one before."""
+    plan: list[Config] = []
+    done, share = 0, 0.0
+    for stage in settings.stages:
+        share += stage.share
+        steps, done = round(share * config.train.steps) - done, round(share * config.train.steps)
+        if steps < 1:
+            raise UserError(f"train.steps: of {config.train.steps} steps none is left for the stage {stage.name}")
+        start = plan[-1].output if plan else None
+        changes = {
+            "output": folder(config) / stage.name,
+            "method": settings.model_copy(update={"stage": stage.name, "start": start, "only": None}),
+            "student": stage.student or config.student,
+            "critic": stage.critic or config.critic,
+            "train": config.train.model_copy(update={"steps": steps}),
+        }
+        plan.append(config.model_copy(update=changes))
+    return plan
+
+
+def scene_of(settings: Settings) -> saved.Scene:
+    """The part of the settings that a scene's folder remembers."""
+    return saved.Scene(
+        prompt=settings.prompt,
+        sentence=settings.template.format(settings.prompt),
+        particles=settings.particles,
+        orbit=Orbit(**settings.cameras.model_dump(exclude={"view_words"})),
+        box=Box(settings.box_centre, settings.box_half),
+        blob=Blob(settings.blob_strength, settings.blob_radius, settings.blob_centre),
+        field=FieldSizes(**settings.field.model_dump()),
+        backdrop=settings.backdrop,
+        samples=settings.stages[0].samples,
+    )
+
+
+def prompts_of(settings: Settings, sentence: str, spec: SanaSpec) -> Prompts:
+    """The sentence embedded, plain and with each view's words; UserError for words that the teacher does not know."""
+    if unknown := spec.unknown_words(sentence):
+        raise UserError(f"method.prompt: the teacher does not know the words: {', '.join(unknown)}")
+    words = ("front", "side", "back", "overhead") if settings.cameras.view_words else ()
+    return Prompts(spec.text([sentence]), {word: spec.text([f"{sentence}, {word} view"]) for word in words})
+
+
+def _critic(settings: Settings, teacher: Denoiser, spec: SanaSpec, prompt: Condition) -> LoRACritic:
+    path = settings.critic.path
+    if path is None:
+        return LoRACritic(teacher, prompt, settings.critic.rank)
+    other, its_spec = load(path)
+    if not isinstance(its_spec, SanaSpec) or its_spec.shape != spec.shape:
+        raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
+    return LoRACritic(other.requires_grad_(False), its_spec.text([prompt_text(settings)]), settings.critic.rank)
+
+
+def prompt_text(settings: Settings) -> str:
+    return settings.template.format(settings.prompt)
+
+
+def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
+    """The method of one stage and the spec of what it leaves behind."""
+    from distill.build import build_ratio, build_row, load_teacher
+
+    stage = next(stage for stage in settings.stages if stage.name == settings.stage)
+    denoiser, spec = load_teacher(config)
+    if not isinstance(spec, SanaSpec):
+        raise UserError("method.kind: scene_distillation needs a teacher that is asked for prompts")
+    assert config.teacher is not None
+    teacher = denoiser.requires_grad_(False)
+    scene = scene_of(settings)
+    prompts = prompts_of(settings, scene.sentence, spec)
+    critic = _critic(settings, teacher, spec, prompts.plain) if stage.fake == "lora" else None
+    guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
+    generator = _generator(config, settings, stage, scene)
+    method = SceneDistillation(
+        stage,
+        build_row(stage.matching),
+        guided,
+        generator,
+        critic,
+        prompts,
+        scene.orbit,
+        settings.particles,
+        spec.shape,
+        spec.picture,
+        spec.encode,
+        config.train.steps,
+        settings.critic.camera_dropout,
+        None,
+        build_ratio(stage.matching),
+    )
+    return method, saved.SceneSpec(scene, spec.picture, spec)
+
+
+def _generator(config: Config, settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:
+    if stage.kind == "volume":
+        return scene.new()
+    raise NotImplementedError
