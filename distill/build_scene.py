@@ -16,6 +16,7 @@ from models.scene.cameras import Orbit
 from models.scene.critic import LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.particles import Generator
+from models.scene.surface import Geometry, Texture, find_threshold
 from models.teachers import base, load
 from models.teachers.sana import SanaSpec
 
@@ -103,7 +104,7 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     prompts = prompts_of(settings, scene.sentence, spec)
     critic = _critic(settings, teacher, spec, prompts.plain) if stage.fake == "lora" else None
     guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
-    generator = _generator(config, settings, stage, scene)
+    generator = _generator(settings, stage, scene)
     method = SceneDistillation(
         stage,
         build_row(stage.matching),
@@ -124,7 +125,33 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     return method, saved.SceneSpec(scene, spec.picture, spec)
 
 
-def _generator(config: Config, settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:
-    if stage.kind == "volume":
+def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:
+    """The particles at step 0: new fields, or what the stage before left."""
+    if stage.kind == "volume" and settings.start is None:
         return scene.new()
-    raise NotImplementedError
+    if settings.start is None:
+        raise UserError(f"method.start: the stage {stage.name} needs the run folder of the stage before")
+    before = settings.start / "student"
+    _, tensors = saved.read(before)
+    if stage.kind == "volume":
+        return saved.load_fields(before)[1].train()
+    if stage.kind == "texture":
+        return Texture(*saved.load_meshes(before)[1:], stage.picture)
+    if "mesh.0.vertices" in tensors:
+        raise UserError(f"method.stages: {stage.name} is of kind geometry and starts from a stage of kind volume")
+    _, fields = saved.load_fields(before)
+    threshold = settings.export.threshold
+    levels = [threshold or find_threshold(fields, index, scene.orbit) for index in range(scene.particles)]
+    return Geometry(fields, levels, stage.tetrahedra, stage.picture)
+
+
+def write_files(config: Config, settings: Settings) -> None:
+    """The scene's files, from the last stage that has run."""
+    from models.scene.export import Sizes, export
+
+    done = [run for run in runs(config, settings) if (run.output / "student" / "scene.json").is_file()]
+    last = cast(Settings, done[-1].method)
+    picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
+    output = folder(config) / "student"
+    export(done[-1].output / "student", output, Sizes(**settings.export.model_dump()), picture)
+    print(f"scene: {output}")

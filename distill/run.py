@@ -209,6 +209,8 @@ def train_scene(config: Config, settings: SceneDistillation) -> int:
         if settings.only in (None, cast(SceneDistillation, run.method).stage) and not _finished(run):
             if status := train(run):
                 return status
+    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        build_scene.write_files(config, settings)
     return 0
 
 

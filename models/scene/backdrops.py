@@ -49,6 +49,15 @@ class Learned(Backdrop):
         return torch.where((noise[:, 3] < self.plain)[:, None, None, None], plain, learned)
 
 
+def light(azimuths: Tensor, noise: Tensor) -> Tensor:
+    """Unit (B, 3) towards a lamp above the scene, within 60 degrees of the camera to either side: the solids world's.
+
+    ``azimuths`` (B,) of the cameras in degrees; which side ``noise`` (B, 4) says, so it fits the backdrop's.
+    """
+    angle = torch.deg2rad(azimuths + (noise[:, 1] - 0.5) * 120)
+    return F.normalize(torch.stack([angle.sin(), torch.full_like(angle, 1.3), angle.cos()], 1), dim=1)
+
+
 class Studio(Backdrop):
     """Wall, floor and soft shadow of the solids world, as its pictures have them: tone and light are random, the light
     within 60 degrees of the camera. The shadow is that of a ball on the floor."""
@@ -59,14 +68,12 @@ class Studio(Backdrop):
 
     def forward(self, origins: Tensor, directions: Tensor, azimuths: Tensor, noise: Tensor) -> Tensor:
         count, device = len(origins), origins.device
-        angle = torch.deg2rad(azimuths + (noise[:, 1] - 0.5) * 120)
-        light = torch.stack([angle.sin(), torch.full_like(angle, 1.3), angle.cos()], 1)
         centre = torch.tensor([[0.0, solids.FLOOR + self.radius, 0.0]], device=device).expand(count, 3)
         grey = solids.backdrop(
             0.40 + 0.12 * noise[:, 0],
             origins,
             directions.flatten(2),
-            F.normalize(light, dim=1),
+            light(azimuths, noise),
             torch.arange(count, device=device),
             centre,
             torch.full((count,), self.radius, device=device),

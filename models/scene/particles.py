@@ -56,6 +56,10 @@ class Generator(nn.Module):
     def prepare(self, step: int) -> None:
         """Called before every training step; no gradient, nothing random but by ``step``."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a scene's folder keeps of it."""
+        return self.state_dict()
+
 
 def binary_entropy(p: Tensor) -> Tensor:
     """Of probabilities, in nats; finite with its slope at 0 and 1."""
@@ -79,6 +83,9 @@ class Fields(Generator):
 
     def particle(self, index: int) -> Field:
         return cast(Field, self.fields[index])
+
+    def all(self) -> list[Field]:
+        return [self.particle(index) for index in range(len(self.fields))]
 
     def forward(self, views: Views) -> Drawn:
         size, device = views.size, views.noise.device

@@ -1,10 +1,9 @@
 """Scenes in folders: what a stage leaves behind, and how it is read again."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +15,9 @@ from models.errors import UserError
 from models.folders import replace_folder
 from models.scene.backdrops import Backdrop, Learned, Plain, Studio
 from models.scene.cameras import Orbit
-from models.scene.fields import Blob, Box, FieldSizes
-from models.scene.particles import Fields
+from models.scene.fields import Blob, Box, Field, FieldSizes
+from models.scene.mesh import Mesh
+from models.scene.particles import Fields, Generator
 from models.teachers.base import Spec
 
 BackdropKind = Literal["studio", "learned", "random", "white", "black", "grey"]
@@ -92,6 +92,18 @@ def load_fields(folder: Path) -> tuple[Scene, Fields]:
     return scene, fields.eval()
 
 
+def load_meshes(folder: Path) -> tuple[Scene, list[Mesh], Fields]:
+    """The surfaces that a geometry or texture stage left, and the fields that colour them."""
+    scene, tensors = read(folder)
+    if "mesh.0.vertices" not in tensors:
+        raise UserError(f"{folder} holds radiance fields and no mesh: run the geometry stage first")
+    kept = {key: value for key, value in tensors.items() if not key.startswith("mesh.")}
+    whole = scene.new()
+    whole.load_state_dict(kept)
+    meshes = [Mesh(tensors[f"mesh.{i}.vertices"], tensors[f"mesh.{i}.faces"]) for i in range(scene.particles)]
+    return scene, meshes, whole
+
+
 @dataclass(frozen=True)
 class SceneSpec:
     """What the training loop knows of a scene: pictures of ``picture`` come from it, and ``teacher`` comes along."""
@@ -123,4 +135,4 @@ class SceneSpec:
         return SceneSpec(self.scene, self.picture, self.teacher.to(device))
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
-        save(folder, self.scene, network.state_dict(), card)
+        save(folder, self.scene, cast(Generator, network).tensors(), card)

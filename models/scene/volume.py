@@ -38,8 +38,7 @@ class Occupancy(nn.Module):
         generator = torch.Generator().manual_seed(mix(20, int(self.updates)))
         cells = torch.stack(torch.meshgrid(*[torch.arange(side)] * 3, indexing="ij"), -1).view(-1, 3)
         scaled = (cells + torch.rand(len(cells), 3, generator=generator)) * (2 / side) - 1
-        points = self.box.world(scaled.to(device))
-        density = torch.cat([field.density(part) for part in points.split(CHUNK)]).view_as(self.peak)
+        density = sampled(field, scaled.to(device)).view_as(self.peak)
         self.peak.copy_(torch.maximum(self.peak * self.decay, density))
         occupied = (self.peak > self.threshold).float()[None, None]
         self.cells.copy_(F.max_pool3d(occupied, 3, 1, 1)[0, 0] > 0)
@@ -49,6 +48,12 @@ class Occupancy(nn.Module):
         """Whether points (..., 3) of [-1, 1]^3 lie in occupied cells, (...,) bool."""
         x, y, z = ((scaled * 0.5 + 0.5) * self.side).long().clamp(0, self.side - 1).unbind(-1)
         return self.cells.view(-1)[(x * self.side + y) * self.side + z]
+
+
+@torch.no_grad()
+def sampled(field: Field, scaled: Tensor) -> Tensor:
+    """Density (N,) at points (N, 3) of [-1, 1]^3, in parts."""
+    return torch.cat([field.density(field.box.world(part)) for part in scaled.split(CHUNK)])
 
 
 @dataclass(frozen=True)
