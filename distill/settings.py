@@ -521,6 +521,8 @@ class SceneCameras(Schema):
     """Whole angle of view."""
     sphere: float = Field(default=0.0, ge=0, le=1)
     """Share of views whose elevation is that of a point uniform on the sphere."""
+    sectors: int = Field(default=1, gt=0)
+    """How often the range of azimuths is repeated around, for what looks alike from several sides."""
     view_words: bool = True
     """Add ", front view" and its like to the teacher's prompt (not to the critic's)."""
 

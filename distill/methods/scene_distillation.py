@@ -125,12 +125,12 @@ class SceneDistillation(DistributionMatching):
 
     def views(self, draws: Draws) -> Views:
         """Random cameras, particles, backdrops and places along the rays."""
-        uniforms = torch.stack([draws.uniform() for _ in range(10)], 1)
-        cameras = [self.orbit.camera(row[:5]) for row in uniforms.tolist()]
-        particles = (uniforms[:, 5] * self.particles).long().clamp(max=self.particles - 1).tolist()
+        uniforms = torch.stack([draws.uniform() for _ in range(11)], 1)
+        cameras = [self.orbit.camera(row[:6]) for row in uniforms.tolist()]
+        particles = (uniforms[:, 6] * self.particles).long().clamp(max=self.particles - 1).tolist()
         size = next(s for share, s in reversed(self.stage.resolutions) if self.progress.share >= share)
         jitter = torch.special.ndtr(draws.normal(size, size)) if self.stage.kind == "volume" else None
-        return Views(cameras, particles, size, uniforms[:, 6:], jitter)
+        return Views(cameras, particles, size, uniforms[:, 7:], jitter)
 
     def student_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
         draws, weights = turn.draws, self.stage.weights

@@ -68,21 +68,26 @@ def rays(cameras: Sequence[Camera], size: int) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class Orbit:
     """Where cameras are drawn from: uniform in these ranges, angles in degrees; in a share ``sphere`` of the draws the
-    elevation is that of a point uniform on the sphere between the same bounds."""
+    elevation is that of a point uniform on the sphere between the same bounds.
+
+    The range of azimuths is repeated ``sectors`` times around, for what looks alike from several sides.
+    """
 
     azimuth: tuple[float, float] = (0.0, 360.0)
     elevation: tuple[float, float] = (15.0, 28.0)
     radius: tuple[float, float] = (3.9, 4.2)
     fov: tuple[float, float] = (40.0, 40.0)
     sphere: float = 0.0
+    sectors: int = 1
 
     def camera(self, uniforms: Sequence[float]) -> Camera:
-        """The camera of five numbers in [0, 1)."""
+        """The camera of six numbers in [0, 1)."""
         between = lambda ends, u: ends[0] + (ends[1] - ends[0]) * u
         azimuth, elevation, radius, fov = (
             between(ends, u)
             for ends, u in zip((self.azimuth, self.elevation, self.radius, self.fov), uniforms, strict=False)
         )
+        azimuth += 360 / self.sectors * int(self.sectors * uniforms[5])
         if uniforms[4] < self.sphere:
             heights = [math.sin(math.radians(e)) for e in self.elevation]
             elevation = math.degrees(math.asin(between(heights, uniforms[1])))
