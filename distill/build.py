@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from distill import checkpoint, rows
 from distill.build_scene import build_stage
@@ -52,6 +52,7 @@ from distill.settings import (
     FDistill,
     HFData,
     ImageFolderData,
+    LoRA,
     MatchingMethod,
     MultiStudent,
     Pretrain,
@@ -64,16 +65,19 @@ from distill.settings import (
     UniInstruct,
 )
 from models import autoencoder
+from models.adapters import Adapted, checkpointed
 from models.autoencoder import PictureSpec
 from models.controlnet import BranchAlone, SanaControlBranch, edges
 from models.denoiser import Denoiser, Guided
 from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
-from models.process import EDM, TrigFlow
+from models.process import EDM
 from models.scene import captions
 from models.student import OneStepStudent
 from models.teachers import base, load, sana
+from models.teachers.base import ClassSpec, TextSpec
 from models.teachers.embedded import PatchUNet, Spec
+from models.teachers.pipeline import PipelineSpec
 from models.teachers.sana import SanaNetwork, SanaSpec
 from models.trigflow import FlowStudent, LogVariance, TrigFlowView
 
@@ -148,6 +152,15 @@ def build_method(
 
     UserError where settings, teacher and data do not fit each other.
     """
+    method, spec = _build_method(config, shape, class_names, stream)
+    if config.train.gradient_checkpointing:
+        with_checkpointing(method.networks)
+    return method, spec
+
+
+def _build_method(
+    config: Config, shape: Shape | None, class_names: list[str], stream: Stream | None
+) -> tuple[Method, base.Spec]:
     match config.method:
         case Autoencoder():
             return _autoencoder(config.method, shape, stream)
@@ -262,35 +275,43 @@ def _new_denoiser(settings: Pretrain, spec: Spec) -> Denoiser:
 
 def load_teacher(
     config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()
-) -> tuple[Denoiser, Spec | SanaSpec]:
+) -> tuple[Denoiser, ClassSpec | TextSpec]:
     """The teacher's denoiser; UserError if there is none, or if it makes other pictures or classes than the data's."""
-    if config.teacher is None:
+    teacher = config.teacher
+    if teacher is None:
         raise UserError(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
-    denoiser, spec = load(config.teacher.path)
+    denoiser, spec = load(teacher.path, teacher.size, teacher.tokens, teacher.config)
+    if isinstance(spec, PipelineSpec):
+        spec = replace(spec, offload=teacher.offload)
     if shape is not None and shape != spec.picture:
-        raise UserError(f"data: pictures of shape {shape}, but the teacher {config.teacher.path} makes {spec.picture}")
-    if isinstance(spec, SanaSpec):
+        raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")
+    if isinstance(spec, TextSpec):
         if class_names or config.classes is not None:
-            raise UserError(f"data: pictures of classes, but the teacher {config.teacher.path} is asked for prompts")
+            raise UserError(f"data: pictures of classes, but the teacher {teacher.path} is asked for prompts")
+        scales = {teacher.guidance, *(config.method.guidance if isinstance(config.method, Consistency) else [])}
+        if not spec.guidable and scales != {1.0}:
+            raise UserError(f"guidance: {teacher.path} is a distilled teacher without an unconditional answer: give 1")
         return denoiser, spec
     if isinstance(config.data, SolidsData) or getattr(config.data, "caption_column", None):
-        raise UserError(f"data: pictures with captions, but the teacher {config.teacher.path} knows classes")
+        raise UserError(f"data: pictures with captions, but the teacher {teacher.path} knows classes")
+    if spec.num_classes == 1 and teacher.guidance != 1:
+        raise UserError(f"teacher.guidance: {teacher.path} knows no classes, hence no guidance: give 1")
     if len(class_names) > spec.num_classes:
-        raise UserError(
-            f"data: {len(class_names)} classes, but the teacher {config.teacher.path} knows {spec.num_classes}"
-        )
+        raise UserError(f"data: {len(class_names)} classes, but the teacher {teacher.path} knows {spec.num_classes}")
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
     return denoiser, spec
 
 
 def class_teacher(config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()) -> tuple[Denoiser, Spec]:
-    """As :func:`load_teacher`, of one that is asked for classes."""
+    """As :func:`load_teacher`, of one like the embedded teacher of classes."""
     denoiser, spec = load_teacher(config, shape, class_names)
-    if isinstance(spec, SanaSpec):
+    if isinstance(spec, TextSpec):
         raise UserError(f"method.kind: {config.method.kind} distils teachers of classes, this one is asked for prompts")
+    if not isinstance(spec, Spec):
+        raise UserError(f"method.kind: {config.method.kind} distils the project's own U-Nets alone")
     return denoiser, spec
 
 
@@ -336,7 +357,27 @@ def build_ratio(settings: MatchingMethod) -> Ratio | None:
     return Ratio(_divergence(settings), settings.bins, settings.ratio_decay, settings.ratio_clip, stages)
 
 
-AnySpec = TypeVar("AnySpec", Spec, SanaSpec)
+def with_checkpointing(networks: dict[str, nn.Module]) -> None:
+    """Make networks that come from diffusers recompute their activations; UserError if none can."""
+    found = [module for network in networks.values() for module in network.modules() if hasattr(module, "core")]
+    for network in found:
+        if isinstance(network, Adapted):
+            checkpointed(network.network)
+        else:
+            cast(Any, network).core.enable_gradient_checkpointing()
+    if not found:
+        raise UserError("train.gradient_checkpointing: no network of this run can recompute its activations")
+
+
+def adapted(lora: LoRA, denoiser: Denoiser, name: str) -> Denoiser:
+    """``denoiser`` with an adapter of its own on the same frozen network."""
+    network = Adapted(denoiser.network, name, lora.rank, lora.alpha, lora.targets)
+    return Denoiser(network, denoiser.process, denoiser.prediction, denoiser.sigma_data)
+
+
+def _trainable(config: Config, teacher: Denoiser, name: str) -> Denoiser:
+    """What starts as the teacher: a copy of it, or an adapter on it."""
+    return copy.deepcopy(teacher) if config.lora is None else adapted(config.lora, teacher, name)
 
 
 def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
@@ -354,23 +395,38 @@ def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
         )
 
 
-def _start(settings: MatchingMethod, teacher: Denoiser, spec: AnySpec) -> tuple[Denoiser, AnySpec, Denoiser]:
+def _load_weights(network: nn.Module, run: Path, name: str) -> None:
+    """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit."""
+    if weights := checkpoint.newest(run / "checkpoints", name):
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"method.start: the {name} in {run} is of another teacher's architecture") from error
+
+
+def _start(
+    config: Config, settings: MatchingMethod, teacher: Denoiser, spec: ClassSpec | TextSpec
+) -> tuple[Denoiser, ClassSpec | TextSpec, Denoiser]:
     """The student's network and spec at step 0, and the critic's network."""
-    critic = copy.deepcopy(teacher)
+    critic = _trainable(config, teacher, "critic")
     if settings.start is None:
-        return copy.deepcopy(teacher), spec, critic
+        return _trainable(config, teacher, "student"), spec, critic
     run = settings.start if (settings.start / "student").is_dir() else None
+    if config.lora is not None:
+        if run is None or not checkpoint.list_steps(run / "checkpoints"):
+            raise UserError(f"method.start: with lora it is a run folder with checkpoints, {settings.start} is none")
+        student = _trainable(config, teacher, "student")
+        _load_weights(OneStepStudent(student, 0.0), run, "student")
+        _load_weights(critic, run, "critic")
+        return student, spec, critic
     denoiser, own = load(settings.start / "student" if run else settings.start)
     if isinstance(own, Spec) and isinstance(spec, Spec):
         _check_start(settings, own, spec)
-    elif not (isinstance(own, SanaSpec) and isinstance(spec, SanaSpec) and own.shape == spec.shape):
+    elif type(own) is not type(spec) or own.shape != spec.shape:
         raise UserError(f"method.start: {settings.start} makes other pictures than the teacher")
-    if run and (weights := checkpoint.newest(run / "checkpoints", "critic")):
-        try:
-            critic.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"method.start: the critic in {run} is of another teacher's architecture") from error
-    return denoiser.train(), cast(AnySpec, own), critic
+    if run:
+        _load_weights(critic, run, "critic")
+    return denoiser.train(), own, critic
 
 
 def _matching(
@@ -390,65 +446,65 @@ def _matching(
                 f"data.kind: {settings.kind} has a discriminator and needs pictures; conditions_only has none"
             )
         discriminator = Discriminator(feature_channels(denoiser, gan.taps, spec.shape, spec.preview(1)), gan.width)
-    if isinstance(spec, SanaSpec) and (settings.regression or settings.clip_samples):
+    if not isinstance(spec, Spec) and (settings.regression or settings.clip_samples):
         raise UserError("method: regression and clip_samples are for students of classes in pixel space")
     pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every) if settings.regression else None
     row = build_row(settings)
-    own: Spec | SanaSpec
-    if isinstance(spec, SanaSpec):  # a flow starts at pure noise, as SanaSprintPipeline does
-        network, own, critic = _start(settings, denoiser, spec)
-        start = denoiser.process.t_max
-        ratio = denoiser.process.ratio(torch.tensor(start, dtype=torch.float64))
-        own = replace(own, times=(float(TrigFlow(own.sigma_data, data_scale=own.sigma_data).time_from_ratio(ratio)),))
-    else:
-        network, own, critic = _start(settings, denoiser, spec)
-        start = float(denoiser.process.time_from_ratio(torch.tensor(settings.sigma_init, dtype=torch.float64)))
-        own = replace(own, sigma_init=settings.sigma_init)
-    student = OneStepStudent(network, start, settings.clip_samples)
-    teacher = Guided(denoiser.requires_grad_(False), config.teacher.guidance)
+    denoiser.requires_grad_(False)
+    network, own, critic = _start(config, settings, denoiser, spec)
+    own = own.begun(denoiser.process, settings.sigma_init)
+    t_init, unit = own.beginning(denoiser.process)
+    student = OneStepStudent(network.requires_grad_(True), t_init, settings.clip_samples, unit)
     method = DistributionMatching(
         settings,
         row,
-        teacher,
+        Guided(denoiser, config.teacher.guidance),
         student,
-        critic if row.critic else None,
+        critic.requires_grad_(True) if row.critic else None,
         conditions,
         spec.shape,
         discriminator,
         density_ratio,
         pairs,
+        own.later(settings.student_steps),
     )
     return method, own
 
 
-def _conditions(config: Config, spec: Spec | SanaSpec) -> Classes | Captions:
+def _conditions(config: Config, spec: ClassSpec | TextSpec) -> Classes | Captions:
     """What the student is asked for in training."""
     data = config.data
-    prompts = data.prompts if isinstance(data, ConditionsOnly) else None
-    if isinstance(spec, Spec):
-        if prompts is not None:
+    file = data.prompts if isinstance(data, ConditionsOnly | HFData) else None
+    if isinstance(spec, ClassSpec):
+        if file is not None:
             raise UserError("data.prompts: this teacher is asked for classes, not prompts; remove the key")
         return Classes(spec.num_classes, config.classes)
-    if isinstance(data, SolidsData):
-        drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
-        return Captions(sorted(drawn - captions.held_out()), spec)
-    if not isinstance(data, ConditionsOnly):
-        raise UserError(
-            f"data.kind: {config.method.kind} draws its prompts from solids, or from conditions_only.prompts"
-        )
-    if prompts is None:
-        raise UserError("data.prompts: missing; a text file with a prompt in each line")
+    if file is not None:
+        return Captions(read_prompts(file), spec)
+    match data:
+        case SolidsData():
+            drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
+            return Captions(sorted(drawn - captions.held_out()), spec)
+        case HFData() if not data.streaming and data.caption_column:
+            return Captions(list(hf_dataset(data, 0, 1)[data.caption_column]), spec)
+    raise UserError("data.prompts: missing; a text file with a prompt in each line")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; UserError if there are none."""
     try:
-        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.prompts: {prompts} cannot be read: {error}") from error
+        raise UserError(f"data.prompts: {path} cannot be read: {error}") from error
     if not lines:
-        raise UserError(f"data.prompts: {prompts} is empty")
-    return Captions(lines, spec)
+        raise UserError(f"data.prompts: {path} is empty")
+    return lines
 
 
-def _other_start(path: Path, teacher: Denoiser, spec: Spec | SanaSpec) -> Denoiser:
+def _other_start(config: Config, path: Path, teacher: Denoiser, spec: ClassSpec | TextSpec) -> Denoiser:
     """A student's network to go on from, with a copy of the teacher's control branch if it has none."""
+    if config.lora is not None:
+        raise UserError("method.start: not with lora; its adapters start at the teacher")
     run = path / "student"
     denoiser, own = load(run if run.is_dir() else path)
     if type(own) is not type(spec) or own.shape != spec.shape:
@@ -464,26 +520,27 @@ def _consistency(
     teacher, spec = load_teacher(config, shape, class_names)
     if shape is None:
         raise UserError("data.kind: `consistency` needs pictures, conditions_only has none")
-    guided = settings.guidance != [1.0]
-    student = copy.deepcopy(teacher) if settings.start is None else _other_start(settings.start, teacher, spec)
-    network = student.network
-    if isinstance(network, SanaNetwork) and guided:
-        network.transformer = sana.with_guidance(network.transformer)
-    elif guided:
-        raise UserError("method.guidance: this teacher's network embeds no guidance scale: give [1.0]")
-    view = TrigFlowView(student, settings.sigma_data, settings.sigma_data if settings.scale_data else 1.0)
-    floor = nu_floor(settings.tangent_norm, math.prod(spec.shape))
-    nu = LogVariance(floor) if settings.adaptive_weight else None
     discriminator = None
     if settings.ladd is not None and settings.ladd.weight > 0:
         channels = feature_channels(teacher, settings.ladd.taps, spec.shape, spec.preview(1))
         discriminator = TokenDiscriminator(channels, settings.ladd.width)
-    last = view.process.t_max
-    if isinstance(spec, SanaSpec):
-        scales = sorted(settings.guidance)
-        times = (last, *(math.atan(0.5 * math.tan(t) / settings.sigma_data) for t in sana.LATER_TIMES))
-        own = replace(spec, times=times, sigma_data=settings.sigma_data, guidance=scales[len(scales) // 2])
+    teacher.requires_grad_(False)
+    if settings.start is None:
+        student = _trainable(config, teacher, "student")
     else:
-        own = replace(spec, sigma_init=float(view.process.ratio(torch.tensor(last, dtype=torch.float64))))
-    method = ConsistencyDistillation(settings, teacher.requires_grad_(False), FlowStudent(view, nu), discriminator)
-    return method, own
+        student = _other_start(config, settings.start, teacher, spec)
+    network = student.network
+    told = isinstance(network, SanaNetwork) and settings.guidance != [1.0]
+    if told and isinstance(network, SanaNetwork):
+        network.transformer = sana.with_guidance(network.transformer)
+    elif len(settings.guidance) > 1 or (isinstance(spec, ClassSpec) and settings.guidance != [1.0]):
+        known = "one scale alone" if isinstance(spec, TextSpec) else "[1.0]"
+        raise UserError(f"method.guidance: this student's network embeds no guidance scale: give {known}")
+    scale_data = settings.sigma_data if settings.scale_data else 1.0
+    view = TrigFlowView(student.requires_grad_(True), settings.sigma_data, scale_data)
+    floor = nu_floor(settings.tangent_norm, math.prod(spec.shape))
+    nu = LogVariance(floor) if settings.adaptive_weight else None
+    scales = sorted(settings.guidance)
+    own = spec.begun_flow(view, scales[len(scales) // 2])
+    flow, first = FlowStudent(view, nu), own.one_step(student)
+    return ConsistencyDistillation(settings, teacher, flow, discriminator, told=told, one_step=first), own

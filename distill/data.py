@@ -24,8 +24,7 @@ from models.errors import UserError, run_command
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
-from models.teachers.base import Spec
-from models.teachers.sana import SanaSpec
+from models.teachers.base import Spec, TextSpec
 
 ROUGH = 0x11E5
 """Sets the random numbers of lines apart from those of a turn."""
@@ -45,8 +44,8 @@ class Batch:
     def through(self, spec: Spec, seeds: Sequence[int]) -> "Batch":
         """As the teacher sees it: pictures encoded, captions embedded, and, if it follows them, lines as a hand draws
         them; which hand, ``seeds`` (one a picture) say."""
-        cond = spec.text(self.captions) if isinstance(spec, SanaSpec) else self.cond
-        if isinstance(spec, SanaSpec) and spec.control is not None:
+        cond = spec.text(self.captions) if isinstance(spec, TextSpec) else self.cond
+        if isinstance(spec, TextSpec) and spec.control is not None:
             draws = Draws([mix(seed, ROUGH) for seed in seeds], self.images.device)
             cond = replace(cond, control=roughened(edges(self.images), draws))
         return Batch(spec.encode(self.images), cond)
@@ -412,7 +411,7 @@ class Classes:
 class Captions:
     """Conditions alone: prompts drawn uniformly from a list; ``guidance`` is for networks that embed its scale."""
 
-    def __init__(self, prompts: list[str], spec: SanaSpec, guidance: float | None = None):
+    def __init__(self, prompts: list[str], spec: TextSpec, guidance: float | None = None):
         self.prompts, self.spec, self.guidance = prompts, spec, guidance
 
     def sample(self, draws: Draws) -> Condition:

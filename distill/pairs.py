@@ -70,7 +70,7 @@ def make(arguments: Arguments) -> None:
     parts: list[dict[str, Tensor]] = []
     for start in trange(0, arguments.count, arguments.batch, desc="pairs"):
         index = torch.arange(start, min(start + arguments.batch, arguments.count))
-        z = Draws([arguments.seed + int(i) for i in index]).normal(spec.channels, spec.size, spec.size)
+        z = Draws([arguments.seed + int(i) for i in index]).normal(*spec.shape)
         classes = index % spec.num_classes
         target = heun(denoiser, z, Condition(class_ids=classes), arguments.steps)
         parts.append({"z": z, "class_ids": classes, "target": target})

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from torch import Tensor
 
 from distill import build_scene
 from distill.build import build_method, build_stream, class_teacher
@@ -133,9 +132,9 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, spec = class_teacher(config)
-    weights = cast(PatchUNet, denoiser.network).unet.class_embedding.weight  # type: ignore[union-attr]
-    owner = multi_student.student_of_class(settings, cast(Tensor, weights).detach()[: spec.num_classes])
+    denoiser, _ = class_teacher(config)
+    embeddings = cast(PatchUNet, denoiser.network).class_embeddings().detach()
+    owner = multi_student.student_of_class(settings, embeddings)
     chosen = range(settings.students) if settings.only is None else [settings.only]
     return owner, {k: multi_student.runs(config, settings, k, multi_student.classes_of(k, owner)) for k in chosen}
 

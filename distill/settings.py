@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
 from distill.schema import Schema
+from models.adapters import TARGETS
 from models.errors import UserError
 
 DivergenceName = Literal[
@@ -73,6 +74,8 @@ class HFData(Schema):
     """Column of class ids; null: all pictures are class 0."""
     caption_column: str | None = None
     """Column of captions (webdataset: "txt"), for teachers that are asked for prompts, in label_column's place."""
+    prompts: Path | None = None
+    """Text file with a prompt in each line, what a student is asked for; null: the captions of all pictures."""
     size: int = Field(default=32, gt=0)
     """Side in pixels."""
     channels: Literal[1, 3] = 3
@@ -113,6 +116,25 @@ class Teacher(Schema):
     """Folder of a teacher, or embedded:NAME for one that comes with the project."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
+    size: int | None = Field(default=None, gt=0)
+    """Side of its pictures in pixels, for diffusers' families; null: the checkpoint's own."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Tokens of a prompt, for encoders of any length; null: as the family's pipeline."""
+    config: Path | None = None
+    """Pipeline folder with all the rest, where `path` is a single .safetensors file of the network."""
+    offload: bool = False
+    """Keep text encoders and autoencoder on the CPU."""
+
+
+class LoRA(Schema):
+    """Three in one (arXiv 2106.09685): student and critic are adapters on the frozen teacher."""
+
+    rank: int = Field(default=64, gt=0)
+    """Rank of the adapters."""
+    alpha: int | None = Field(default=None, gt=0)
+    """Scale times rank; null: the rank, which is a scale of 1."""
+    targets: list[str] = Field(default=list(TARGETS), min_length=1)
+    """Ends of the names of adapted layers."""
 
 
 class Optimizer(Schema):
@@ -128,6 +150,8 @@ class Optimizer(Schema):
     """Denominator offset."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
+    eight_bit: bool = False
+    """Moments in 8 bits (bitsandbytes); for GPUs."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up, in student steps."""
     final: float = Field(default=1.0, ge=0, le=1)
@@ -155,6 +179,8 @@ class Train(Schema):
 
     channels_last: bool = False
     """Memory layout of the convolutions' weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more time, far less memory."""
     compile: bool = False
     """torch.compile every network."""
     cpu_threads: int | None = Field(default=None, gt=0)
@@ -290,6 +316,8 @@ class Matching(Schema):
     """Noise level sigma / alpha of the student's input."""
     clip_samples: bool = False
     """The student's samples are pictures in [-1, 1]: clip them before they are judged. Not for latents."""
+    student_steps: int = Field(default=1, ge=1, le=4)
+    """Steps that the student serves: each sample is trained at one of them, reached by the student itself."""
     critic_turns: int = Field(default=3, gt=0)
     """Critic turns per student turn."""
     reuse_samples: bool = True
@@ -732,6 +760,8 @@ class Config(Schema):
     """The teacher; none for `pretrain`."""
     method: Method
     """How it learns."""
+    lora: LoRA | None = None
+    """Train adapters on the teacher in the place of copies of it; null: full fine-tuning."""
     classes: list[int] | None = Field(default=None, min_length=1)
     """Only these classes: of the conditions and of the real pictures, not of regression pairs; null: all."""
     student: Optimizer

@@ -69,9 +69,15 @@ class Trainer:
         return self.config.student if name == "student" else self.config.critic or self.config.student
 
     @staticmethod
-    def _optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    def _optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
         betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
         parameters = [p for p in network.parameters() if p.requires_grad]
+        if settings.eight_bit:
+            try:
+                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+            except ImportError as error:
+                raise UserError("eight_bit needs the library bitsandbytes: pip install bitsandbytes") from error
+            return AdamW8bit(parameters, settings.lr, betas, settings.eps, decay)
         return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, weight_decay=decay, fused=True)
 
     @contextmanager

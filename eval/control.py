@@ -65,7 +65,7 @@ def overlap(detector: SolidsDetector, pictures: Tensor, truth: Tensor) -> list[f
 @torch.inference_mode()
 def frame_time(student: Painter, prompt: str, picture: Tensor, repeats: int) -> Spread:
     """From a picture (1, 3, H, W) through its edges to a new one; the prompt's embedding is kept between frames."""
-    device = torch.device(student.spec.vae.device)
+    device = student.spec.device
     cond, taken = student.embed([prompt]), []
     for _ in range(repeats + 3):
         start = now(device)

@@ -77,7 +77,7 @@ def measure(painters: Sequence[Painter], prompts: Sequence[str], repeats: int) -
     taken: dict[str, dict[str, list[float]]] = {p.name: {part: [] for part in (*PARTS, "whole")} for p in painters}
     for round_ in trange(repeats + 1, desc="latency", unit="round"):
         for made in painters:
-            device = torch.device(made.spec.vae.device)
+            device = made.spec.device
             marks = [now(device)]
             cond = made.embed(prompts)
             marks.append(now(device))

@@ -8,7 +8,6 @@ EDM2's .pkl.
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -24,6 +23,7 @@ from eval.features import REFERENCES, Extractor, extract, file_digest, load_extr
 from eval.frechet import Statistics
 from eval.pictures import batches, picture_files
 from eval.protocols import ProtocolName
+from models import unpickle
 from models.errors import UserError, run_command
 
 
@@ -127,19 +127,6 @@ def load_reference(name: str) -> Reference:
 # --------------------------------------------------------------------------------------------- other projects' files
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Numbers, strings, containers and numpy arrays; anything else in the file is refused before it is called."""
-
-    ALLOWED = frozenset({"_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype"})
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in self.ALLOWED:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how old protocols write an array's bytes
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def _foreign(path: Path, mu: Any, sigma: Any, pictures: Any, source: str) -> Reference:
     provenance = {"data": f"{source} {path.name}", "counted": False}
     statistics = Statistics.from_moments(np.asarray(mu), np.asarray(sigma), 2, provenance)
@@ -173,8 +160,7 @@ def open_reference(path: Path, extractor: Extractor, batch: int = 50) -> Referen
         )
     try:
         if path.suffix == ".pkl":
-            with path.open("rb") as file:
-                stored = _ArraysOnly(file).load()
+            stored = unpickle.load(path, "--reference")
             stored = stored.get("fid", stored)
             return _foreign(path, stored["mu"], stored["sigma"], None, "EDM2's")
         with np.load(path, allow_pickle=False) as stored:
@@ -183,7 +169,7 @@ def open_reference(path: Path, extractor: Extractor, batch: int = 50) -> Referen
             pictures = torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2)
             features = extract(extractor, pictures.split(batch))
             return _foreign(path, stored["mu"], stored["sigma"], features, "ADM's")
-    except (KeyError, OSError, ValueError, AttributeError, TypeError, pickle.UnpicklingError, BadZipFile) as error:
+    except (KeyError, OSError, ValueError, AttributeError, TypeError, BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--reference: {path} holds no statistics (mu, sigma) that can be read: {reason}") from error
 

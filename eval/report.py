@@ -51,11 +51,13 @@ def _pixels(images_: Tensor, side: int) -> NDArray[np.uint8]:
 def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.device | str) -> NDArray[np.uint8]:
     """RGB (H, W, 3): one column for each of the first ten classes; four groups of rows, one row for each sampler.
 
-    Pictures of a group and column have the same noise and class; they are the first of those that are scored.
+    Pictures of a group and column have the same noise and class; with at most ten classes they are the first of those
+    that are scored.
     """
-    columns, n = min(GRID_COLUMNS, spec.num_classes), GRID_ROWS * spec.num_classes
+    columns = min(GRID_COLUMNS, spec.num_classes)
+    n = GRID_ROWS * columns
     shape = (spec.channels, spec.size, spec.size)
-    made = [torch.cat(list(images(s, n, shape, spec.num_classes, 50, seed, device=device))) for s in samplers]
+    made = [torch.cat(list(images(s, n, shape, columns, 50, seed, device=device))) for s in samplers]
     tiles = [_pixels(pictures, 64) for pictures in made]
     side, head, margin, gap = tiles[0].shape[1], 22, 64, 8
     group = len(samplers) * side + gap
@@ -68,7 +70,7 @@ def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.d
             top = head + row * group + index * side
             draw.text((4, top + side / 2), sampler.name.split(",")[0], "black", font, anchor="lm")
             for column in range(columns):
-                tile = Image.fromarray(tiles[index][row * spec.num_classes + column])
+                tile = Image.fromarray(tiles[index][row * columns + column])
                 canvas.paste(tile, (margin + column * (side + 2), top))
     return np.asarray(canvas)
 

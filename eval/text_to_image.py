@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -22,9 +21,8 @@ from models.controlnet import NOTHING, edges
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError, run_command
 from models.seeds import Draws
-from models.student import OneStepStudent, heun
-from models.teachers.sana import SanaSpec
-from models.trigflow import TrigFlowView
+from models.student import heun
+from models.teachers.base import TextSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Painter:
     """
 
     denoiser: Denoiser
-    spec: SanaSpec
+    spec: TextSpec
     steps: int
     guidance: float
     times: tuple[float, ...] | None = None
@@ -63,26 +61,27 @@ class Painter:
         """``cond`` with other lines (B, 1, H, W); UserError for a network that follows none."""
         if self.spec.control is None:
             raise UserError(f"{self.name}: it has no control branch, so it follows no lines")
-        return replace(cond, control=lines.to(self.spec.vae.device))
+        return replace(cond, control=lines.to(self.spec.device))
 
     @torch.no_grad()
     def latents(self, cond: Condition, draws: Draws) -> Tensor:
         """Conditions (B) to latents (B, C, h, w)."""
         z = draws.normal(*self.spec.shape)
         if not self.spec.student:
+            if self.guidance != 1 and not self.spec.guidable:
+                raise UserError(f"guidance: {self.guidance:g}, but this teacher is distilled and knows none: give 1")
             return heun(Guided(self.denoiser, self.guidance), z, cond, self.steps)
         times = self.times or self.spec.times
         assert times is not None
         if len(times) < self.steps:
             raise UserError(f"steps: this student has times for 1 to {len(times)} steps, not {self.steps}")
-        sigma_data = self.spec.sigma_data
-        view = TrigFlowView(self.denoiser, sigma_data, sigma_data)
-        student = OneStepStudent(cast(Denoiser, view), times[0])
+        student = self.spec.one_step(self.denoiser)
+        student.t_init = times[0]
         return student.generate(z, cond, times[1 : self.steps], lambda: draws.normal(*self.spec.shape))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], lines: Tensor | None = None) -> Tensor:
         """uint8 pictures (B, 3, H, W) on the CPU; UserError where they are not finite."""
-        pictures = self.spec.decode(self.latents(self.embed(prompts, lines), Draws(seeds, self.spec.vae.device)))
+        pictures = self.spec.decode(self.latents(self.embed(prompts, lines), Draws(seeds, self.spec.device)))
         if not bool(pictures.isfinite().all()):
             raise UserError(f"{self.name}: some pictures are not finite: damaged weights, or a training that diverged")
         return self.to_uint8(pictures).cpu()
@@ -100,7 +99,7 @@ def painter(path: str | Path, steps: int, guidance: float | None = None, device:
     run = Path(path) / "student"
     folder = run if (run / "model_index.json").is_file() else teachers.resolve(str(path))
     denoiser, spec = teachers.load(folder)
-    if not isinstance(spec, SanaSpec):
+    if not isinstance(spec, TextSpec):
         raise UserError(f"{path} is asked for classes, not for prompts")
     if steps < 1:
         raise UserError(f"steps: {steps} must be at least 1")

@@ -27,6 +27,7 @@ from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.folders import replace_text
 from models.scene.captions import EVALUATION, held_out, prompts
+from models.teachers.sana import SanaSpec
 from models.trigflow import TrigFlowView
 
 Metric = Callable[[Sequence[float]], float]
@@ -125,6 +126,7 @@ def solids_metric(student: Painter, options: Options) -> Metric:
 def write_times(folder: Path, student: Painter, times: Sequence[float]) -> None:
     """Into studio.json and, where the model card holds this student's example, into that."""
     studio = json.loads((folder / "studio.json").read_text())
+    assert isinstance(student.spec, SanaSpec)
     card, spec = folder / "README.md", replace(student.spec, times=tuple(times))
     if card.is_file():
         replace_text(card, card.read_text().replace(student.spec.usage, spec.usage))
@@ -137,6 +139,8 @@ def main(options: Options) -> None:
     student = painter(options.student, 1, device=options.device)
     if not student.spec.student:
         raise UserError(f"--student: {options.student} is a teacher, which has no step times")
+    if not isinstance(student.spec, SanaSpec):
+        raise UserError(f"--student: {options.student} has the step times of its stock scheduler")
     if student.spec.picture != (3, 64, 64):
         raise UserError(f"--student: {options.student} makes {student.spec.picture}, not pictures of the solids world")
     sigma_data = student.spec.sigma_data

@@ -1,5 +1,6 @@
 """A teacher is a denoiser: ``denoise(x_t, t, cond) -> x0``, whatever its network predicts and however it was noised."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -72,12 +73,13 @@ class Denoiser(nn.Module):
         modules = dict(self.network.named_modules())
         unknown = [name for name in taps if name not in modules]
         if unknown or not taps:
-            blocks = [name for name in modules if name.endswith("mid_block") or name.split(".")[-1].isdigit()]
+            blocks = [name for name in modules if re.search(r"(mid_block|\.\d+|_block\d+)$", name)]
             raise ValueError(f"no block named {unknown} in this network; taps may be {blocks}")
         features: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            features.append(output if isinstance(output, Tensor) else output[0])
+            # (picture, skipped ones) of a U-Net's block, (text, picture) of a joint transformer's
+            features.append(output if isinstance(output, Tensor) else [o for o in output if isinstance(o, Tensor)][-1])
             if len(features) == len(taps):
                 after_last()
 

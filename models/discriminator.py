@@ -15,7 +15,7 @@ from models.errors import UserError
 class Head(nn.Module):
     """Logits from one feature map: a small convolutional network, its output map averaged to (B,).
 
-    The map is (B, C, H, W), or the tokens (B, N, C) of a square one.
+    The map is (B, C, H, W), or the tokens (B, N, C) of a square one; of any other number they are one long line.
     """
 
     def __init__(self, channels: int, width: int):
@@ -34,7 +34,8 @@ class Head(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         if feature.ndim == 3:
             side = math.isqrt(feature.shape[1])
-            feature = feature.transpose(1, 2).unflatten(2, (side, side))
+            height = side if side**2 == feature.shape[1] else feature.shape[1]
+            feature = feature.transpose(1, 2).unflatten(2, (height, -1))
         return self.layers(feature).mean((1, 2, 3))
 
 

@@ -171,11 +171,11 @@ class MultiStudent:
         """One of them, loaded if it is not."""
         if index not in self._loaded:
             denoiser, spec = load_class_conditional(self.folder if index == 0 else self.folder / f"student_{index}")
-            if spec.sigma_init is None:
+            if not spec.student:
                 raise UserError(f"{self.folder}: student {index} is not a one-step student")
             while self.max_loaded is not None and len(self._loaded) >= self.max_loaded:
                 self._loaded.popitem(last=False)
-            self._loaded[index] = OneStepStudent(denoiser.to(self.device), spec.sigma_init)
+            self._loaded[index] = spec.one_step(denoiser.to(self.device))
         self._loaded.move_to_end(index)
         return self._loaded[index]
 

@@ -43,19 +43,20 @@ class OneStepStudent(nn.Module):
 
     ``clip``: samples are pictures in [-1, 1] and are clipped to it, as a viewer will. Half of the noise that one step
     leaves on a black background then vanishes, and the student can hide the other half by aiming below black.
+
+    ``unit_noise``: the network sees z itself in the place of ``sigma(t_init) z``, as stock schedulers begin.
     """
 
-    def __init__(self, denoiser: Denoiser, t_init: float, clip: bool = False):
+    def __init__(self, denoiser: Denoiser, t_init: float, clip: bool = False, unit_noise: bool = False):
         super().__init__()
-        self.denoiser, self.t_init, self.clip = denoiser, t_init, clip
+        self.denoiser, self.t_init, self.clip, self.unit_noise = denoiser, t_init, clip, unit_noise
 
-    def forward(self, z: Tensor, cond: Condition) -> Tensor:
-        """Noise ``z`` (B, C, H, W) to samples of the same shape."""
-        t = torch.full((len(z),), self.t_init, dtype=torch.float32, device=z.device)
-        return self._denoise(expand_to(self.denoiser.process.sigma(t), z) * z, t, cond)
-
-    def _denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        x0 = self.denoiser.denoise(x_t, t, cond)
+    def forward(self, x: Tensor, cond: Condition, t: Tensor | None = None) -> Tensor:
+        """Unit noise ``x`` (B, C, H, W) to samples of that shape; with times ``t`` (B,), pictures noised to them."""
+        if t is None:
+            t = torch.full((len(x),), self.t_init, dtype=torch.float32, device=x.device)
+            x = x if self.unit_noise else expand_to(self.denoiser.process.sigma(t), x) * x
+        x0 = self.denoiser.denoise(x, t, cond)
         return _Clip.apply(x0) if self.clip else x0  # type: ignore[no-any-return]
 
     def generate(
@@ -72,7 +73,7 @@ class OneStepStudent(nn.Module):
         for time in times:
             t = torch.full((len(z),), time, dtype=torch.float32, device=z.device)
             fresh = noise() if noise else torch.randn_like(z)
-            x0 = self._denoise(self.denoiser.process.add_noise(x0, fresh, t), t, cond)
+            x0 = self(self.denoiser.process.add_noise(x0, fresh, t), cond, t)
         return x0
 
 

@@ -43,7 +43,9 @@ class ConsistencyDistillation:
     """A student with the TrigFlow view's network learns to go to the end of the flow from any time on it.
 
     ``teacher`` is frozen; ``student.view`` may have started as a copy of it. ``discriminator`` maps the teacher's
-    features to logits (B, K) and is needed for LADD. ``conditions`` are those of the pictures.
+    features to logits (B, K) and is needed for LADD. ``told``: the student's network embeds the guidance scale; else
+    there is one scale alone, which it learns by heart. ``one_step`` is how the finished student makes its first step,
+    by default from the view's last time.
     """
 
     def __init__(
@@ -52,16 +54,18 @@ class ConsistencyDistillation:
         teacher: Denoiser,
         student: FlowStudent,
         discriminator: nn.Module | None = None,
+        *,
+        told: bool = True,
+        one_step: OneStepStudent | None = None,
     ):
         self.settings, self.flow = settings, student.view
         self.process: TrigFlow = student.view.process
         self.clock = TrigFlow(self.process.sigma_data, self.process.t_min, self.process.t_max)
         """The process of the scaled data: where log(sigma / alpha) is the papers' tau."""
         self.unguided = TrigFlowView(teacher, self.process.sigma_data, self.process.data_scale)
-        self.guides = settings.guidance != [1.0]
-        self.teacher = TrigFlowView(
-            Guided(teacher, None if self.guides else 1.0), self.process.sigma_data, self.process.data_scale
-        )
+        self.guides = told and settings.guidance != [1.0]
+        scale = None if self.guides else settings.guidance[0]
+        self.teacher = TrigFlowView(Guided(teacher, scale), self.process.sigma_data, self.process.data_scale)
         self.ladd: LADD | None = settings.ladd if settings.ladd and settings.ladd.weight > 0 else None
         self.networks: dict[str, nn.Module] = {"student": student}
         if self.ladd is not None:
@@ -73,7 +77,7 @@ class ConsistencyDistillation:
         self.frozen: list[nn.Module] = [self.teacher]
         self.critic_turns = 1 if self.ladd else 0
         self.pictures = {"student", "critic"} if self.ladd else {"student"}
-        self.one_step = OneStepStudent(cast(Denoiser, self.flow), self.process.t_max)
+        self.one_step = one_step or OneStepStudent(cast(Denoiser, self.flow), self.process.t_max)
         self._samples: dict[int, tuple[Tensor, Condition]] = {}
         self._checked = False
 

@@ -11,6 +11,8 @@ critic turn              critic G; with a GAN, teacher's encoder F on fakes and 
 =======================  =========================================================================================
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from distill.settings import GAN, MatchingMethod
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.process import expand_to
+from models.seeds import Draws
 from models.student import OneStepStudent, heun
 
 
@@ -32,6 +35,7 @@ class DistributionMatching:
     """Student against a frozen teacher, with a critic (fake score) that follows the student.
 
     ``discriminator`` reads the frozen teacher's features; it serves the density ratio and the adversarial term.
+    ``later`` are the times of the steps behind the first, for a student of several.
     """
 
     def __init__(
@@ -46,9 +50,10 @@ class DistributionMatching:
         discriminator: nn.Module | None = None,
         ratio: Ratio | None = None,
         pairs: Pairs | None = None,
+        later: Sequence[float] = (),
     ):
         self.settings, self.row, self.teacher, self.conditions, self.shape = settings, row, teacher, conditions, shape
-        self.ratio, self.pairs = ratio, pairs
+        self.ratio, self.pairs, self.later = ratio, pairs, tuple(later)
         self.gan: GAN | None = getattr(settings, "gan", None)
         self.networks: dict[str, nn.Module] = {"student": student}
         if critic is not None:
@@ -111,12 +116,29 @@ class DistributionMatching:
 
     def _student_samples(self, z: Tensor, cond: Condition, turn: Turn) -> tuple[Tensor, Tensor]:
         """Samples for ``z``, and the regression term of the pairs, from one call of the student."""
+        if self.later:
+            return self.networks["student"](*self._simulated(z, cond, turn.draws)), z.new_zeros(())
         if self.pairs is None or self.settings.regression is None:
             return self.networks["student"](z, cond), z.new_zeros(())
         pair_z, pair_cond, target = self.pairs.sample(turn.draws)
         both = self.networks["student"](torch.cat([z, pair_z]), Condition.cat([cond, pair_cond]))
         x0, predicted = both.split([len(z), len(pair_z)])
         return x0, self.settings.regression.weight * losses.regression_loss(predicted, target).mean()
+
+    @torch.no_grad()
+    def _simulated(self, z: Tensor, cond: Condition, draws: Draws) -> tuple[Tensor, Condition, Tensor]:
+        """Each sample's input at one of the steps, as the student itself comes to it (DMD2, Sec. 4.5), and its time."""
+        u = draws.uniform()
+        step, t = (u * (1 + len(self.later))).long(), torch.full_like(u, self.student.t_init)
+        x_t = z if self.student.unit_noise else expand_to(self.process.sigma(t), z) * z
+        chosen, times = x_t, t
+        for index, time in enumerate(self.later, 1):
+            x0 = self.student(x_t, cond, t)
+            t = torch.full_like(t, time)
+            x_t = self.process.add_noise(x0, draws.normal(*self.shape), t)
+            own = step == index
+            chosen, times = torch.where(expand_to(own, x_t), x_t, chosen), torch.where(own, t, times)
+        return chosen, cond, times
 
     def _judge(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
         """The teacher's and the critic's x0, with gradients if the row needs them, and the logit, always with one."""
@@ -182,7 +204,9 @@ class DistributionMatching:
             return self._samples[turn.micro]
         cond = self.conditions.sample(turn.draws)
         with torch.no_grad():
-            return self.networks["student"](turn.draws.normal(*self.shape), cond), cond
+            z = turn.draws.normal(*self.shape)
+            inputs = self._simulated(z, cond, turn.draws) if self.later else (z, cond)
+            return self.networks["student"](*inputs), cond
 
     # ------------------------------------------------------------------------------------------------------ common
 

@@ -1,17 +1,20 @@
-"""The embedded class-conditional teachers in pixel space, and the students that come from them.
+"""Class-conditional teachers in pixel space, embedded or converted (models/teachers/edm.py), and their students.
 
-Both are one kind of folder: a stock ``unet/`` of diffusers and a ``model_index.json`` with the few numbers that make
-it a denoiser. The folder holds its own ``pipeline.py`` too (models/pipelines), so it loads without this project.
+All are one kind of folder: a ``unet/`` and a ``model_index.json`` with the few numbers that make it a denoiser. The
+folder holds its own ``pipeline.py`` too (models/pipelines), and the code of a U-Net that diffusers does not have, so
+it loads without this project.
 """
 
+import inspect
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,18 +22,27 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.folders import replace_folder
 from models.pipelines import class_conditional
-from models.process import EDM
+from models.process import EDM, Process
+from models.teachers.base import ClassSpec
+from models.teachers.edm2_networks import EDM2UNet
+from models.teachers.edm_networks import DhariwalUNet, SongUNet
+from models.trigflow import TrigFlowView
 
 
 class PatchUNet(nn.Module):
-    """A UNet2DModel on ``patch`` x ``patch`` squares folded into channels; conditional on classes.
+    """A U-Net on ``patch`` x ``patch`` squares folded into channels; conditional on classes.
 
-    Convolutions at full resolution are what a CPU pays for: folding makes them 1 / patch^2 as many.
+    Convolutions at full resolution are what a CPU pays for: folding makes them 1 / patch^2 as many. The U-Net is a
+    UNet2DModel, or called like one.
     """
 
-    def __init__(self, unet: UNet2DModel, patch: int, num_classes: int):
+    def __init__(self, unet: ModelMixin, patch: int, num_classes: int):
         super().__init__()
         self.unet, self.patch, self.num_classes = unet, patch, num_classes
+
+    @property
+    def core(self) -> ModelMixin:
+        return self.unet
 
     @classmethod
     def create(
@@ -52,6 +64,18 @@ class PatchUNet(nn.Module):
         )
         return cls(unet, patch, num_classes)
 
+    def class_embeddings(self) -> Tensor:
+        """(num_classes, D), for telling which classes are alike."""
+        match self.unet:
+            case UNet2DModel():
+                return cast(nn.Embedding, self.unet.class_embedding).weight[: self.num_classes]
+            case SongUNet(map_label=nn.Linear() as layer) | DhariwalUNet(map_label=nn.Linear() as layer):
+                return layer.weight.T
+            case EDM2UNet(emb_label=nn.Module() as layer):
+                return layer.weight.T
+            case _:  # unconditional: one class
+                return torch.zeros(self.num_classes, 1)
+
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """``x`` (B, C, H, W), ``t`` = ln(sigma) / 4 (B,), classes from ``cond``."""
         if cond.class_ids is None:
@@ -62,7 +86,7 @@ class PatchUNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ClassSpec):
     """What a folder says beside its U-Net; sizes in pixels, ``sigma_init`` None for a teacher.
 
     ``student_of_class``: with several students, the number of each class's own; None for one.
@@ -91,15 +115,29 @@ class Spec:
 
     @property
     def summary(self) -> str:
-        names = ", ".join(self.class_names)
-        return f"{self.num_classes} classes ({names}), {self.size} x {self.size}, {self.channels} channel(s)."
+        names = ", ".join(self.class_names[:20]) + (", ..." if len(self.class_names) > 20 else "")
+        classes = "one class" if self.num_classes == 1 else f"{self.num_classes} classes"
+        return f"{classes} ({names}), {self.size} x {self.size}, {self.channels} channel(s)."
 
     @property
     def usage(self) -> str:
-        return """from diffusers import DiffusionPipeline
+        labels = [i % self.num_classes for i in range(3)]
+        return f"""from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("PATH", trust_remote_code=True)  # runs pipeline.py of this folder
-images = pipe([0, 1, 2], seeds=[0, 1, 2]).images"""
+pipe = DiffusionPipeline.from_pretrained("PATH", trust_remote_code=True)  # runs the code in this folder
+images = pipe({labels}, seeds=[0, 1, 2]).images"""
+
+    def beginning(self, process: Process) -> tuple[float, bool]:
+        if self.sigma_init is None:
+            raise ValueError("a teacher has no student")
+        return float(process.time_from_ratio(torch.tensor(self.sigma_init, dtype=torch.float64))), False
+
+    def begun(self, _process: Process, sigma_init: float) -> "Spec":
+        return replace(self, sigma_init=sigma_init)
+
+    def begun_flow(self, view: TrigFlowView, _guidance: float) -> "Spec":
+        last = torch.tensor(view.process.t_max, dtype=torch.float64)
+        return replace(self, sigma_init=float(view.process.ratio(last)))
 
     def encode(self, pictures: Tensor) -> Tensor:
         return pictures
@@ -115,28 +153,50 @@ images = pipe([0, 1, 2], seeds=[0, 1, 2]).images"""
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
         """unet/, pipeline.py, model_index.json and README.md, through a temporary folder."""
+        assert isinstance(network, PatchUNet)
+        unet = network.unet
+        code = None if isinstance(unet, UNet2DModel) else Path(inspect.getfile(type(unet)))
         index = {
             "_class_name": ["pipeline", "ClassConditionalPipeline"],
             "_diffusers_version": diffusers.__version__,
-            "unet": ["diffusers", "UNet2DModel"],
+            "unet": [code.stem if code else "diffusers", type(unet).__name__],
             **asdict(self),
         }
-        assert isinstance(network, PatchUNet)
         with replace_folder(folder) as temporary:
-            network.unet.save_pretrained(temporary / "unet", safe_serialization=True)
+            unet.save_pretrained(temporary / "unet", safe_serialization=True)
+            if code:
+                shutil.copy(code, temporary / "unet")
             shutil.copy(class_conditional.__file__, temporary / "pipeline.py")
             (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
             (temporary / "README.md").write_text(card)
 
 
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_index.json").read_text())
+
+
 def read_spec(folder: Path) -> Spec:
-    index = json.loads((folder / "model_index.json").read_text())
+    index = _index(folder)
     return Spec(**{name: index[name] for name in Spec.__dataclass_fields__ if name in index})
 
 
+def _unet_class(name: str) -> type[ModelMixin]:
+    match name:
+        case "UNet2DModel":
+            return UNet2DModel
+        case "SongUNet":
+            return SongUNet
+        case "DhariwalUNet":
+            return DhariwalUNet
+        case "EDM2UNet":
+            return EDM2UNet
+        case _:
+            raise ValueError(f"its U-Net is of the unknown class {name}")
+
+
 def load(folder: Path) -> tuple[Denoiser, Spec]:
-    """The denoiser in ``folder``, in float32 and evaluation mode."""
-    spec = read_spec(folder)
-    unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+    """The denoiser in ``folder``, in float32 and evaluation mode. Code in the folder is not run."""
+    spec, kind = read_spec(folder), _unet_class(_index(folder)["unet"][1])
+    unet = kind.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
     network = PatchUNet(unet, spec.patch, spec.num_classes)
     return Denoiser(network, EDM(), "edm", spec.sigma_data).eval(), spec

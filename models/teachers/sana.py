@@ -26,12 +26,16 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
+from models.adapters import merged, save_lora
 from models.condition import Condition
 from models.controlnet import SanaControlBranch
 from models.denoiser import Denoiser
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
-from models.process import RectifiedFlow, TrigFlow
+from models.process import Process, RectifiedFlow, TrigFlow
+from models.student import OneStepStudent
+from models.teachers.base import TextSpec
+from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
 """The examples' lines in a folder's controlnet/, one below the other."""
@@ -56,6 +60,10 @@ class SanaNetwork(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder, self.control = transformer, text_encoder, control
         self.control_strength = 1.0
+
+    @property
+    def core(self) -> SanaTransformer2DModel:
+        return self.transformer
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """``x`` (B, C, H, W), ``t`` (B,); text and, where the transformer embeds it, guidance from ``cond``."""
@@ -107,7 +115,7 @@ EXAMPLE = "a photo of a red apple on a wooden table"
 
 
 @dataclass(frozen=True)
-class SanaSpec:
+class SanaSpec(TextSpec):
     """What a Sana folder holds beside its transformer.
 
     shape:         (C, H, W) of the latents
@@ -130,6 +138,7 @@ class SanaSpec:
     sigma_data: float = 0.5
     guidance: float = 4.5
     examples: tuple[str, ...] = (EXAMPLE,)
+    tellable: bool = True
     joint: bool = False
     control: Tensor | None = None
     _null: list[Condition] = field(default_factory=list, repr=False)
@@ -141,8 +150,28 @@ class SanaSpec:
         return self.vae.config["in_channels"], side * self.shape[1], side * self.shape[2]
 
     @property
-    def student(self) -> bool:
-        return self.times is not None
+    def device(self) -> torch.device:
+        return self.vae.device
+
+    def beginning(self, process: Process) -> tuple[float, bool]:
+        return process.t_max, False
+
+    def one_step(self, denoiser: Denoiser) -> OneStepStudent:
+        if self.times is None:
+            raise ValueError("a teacher has no student")
+        view = TrigFlowView(denoiser, self.sigma_data, self.sigma_data)
+        return OneStepStudent(cast(Denoiser, view), self.times[0])
+
+    def begun(self, process: Process, _sigma_init: float) -> "SanaSpec":
+        """A flow starts at pure noise, as SanaSprintPipeline does."""
+        ratio = process.ratio(torch.tensor(process.t_max, dtype=torch.float64))
+        trigonometric = TrigFlow(self.sigma_data, data_scale=self.sigma_data)
+        return replace(self, times=(float(trigonometric.time_from_ratio(ratio)),))
+
+    def begun_flow(self, view: TrigFlowView, guidance: float) -> "SanaSpec":
+        sigma_data = view.process.sigma_data
+        later = (math.atan(0.5 * math.tan(t) / sigma_data) for t in LATER_TIMES)
+        return replace(self, times=(view.process.t_max, *later), sigma_data=sigma_data, guidance=guidance)
 
     @property
     def summary(self) -> str:
@@ -229,6 +258,7 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
         """Write ``folder`` through a temporary one, as SanaPipeline (teacher) or SanaSprintPipeline (student)."""
+        adapted, network = network, merged(network)
         assert isinstance(network, SanaNetwork)
         text_encoder = network.text_encoder or self.text_encoder
         parts: dict[str, Any] = {
@@ -254,6 +284,7 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
                 values = json.loads(config.read_text())
                 values.pop("_name_or_path", None)
                 config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            save_lora(temporary, "transformer", adapted)
             (temporary / "studio.json").write_text(json.dumps(studio, indent=2) + "\n")
             (temporary / "README.md").write_text(card)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.pil_utils import numpy_to_pil
 from torch.nn import functional as F
@@ -30,7 +30,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,
         # The numbers come from model_index.json; diffusers passes on only those that have a default here.
         patch: int = 1,
         num_classes: int = 1,
@@ -42,7 +42,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         student_of_class: list[int] | None = None,
     ):
         super().__init__()
-        self.others: dict[int, tuple[UNet2DModel, float]] = {}
+        self.others: dict[int, tuple[ModelMixin, float]] = {}
         self.register_modules(unet=unet)
         self.register_to_config(
             patch=patch,
@@ -55,7 +55,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             student_of_class=student_of_class,
         )
 
-    def student(self, number: int) -> tuple[UNet2DModel, float]:
+    def student(self, number: int) -> tuple[ModelMixin, float]:
         """The network of one of several students and its ``sigma_init``."""
         if number == 0:
             return self.unet, self.config["sigma_init"]
@@ -63,7 +63,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             folder = Path(self.config["_name_or_path"]) / f"student_{number}"
             if not folder.is_dir():
                 raise ValueError(f"{folder} is missing: load this pipeline from a complete local copy of its folder")
-            unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=self.unet.dtype)
+            unet = type(self.unet).from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=self.unet.dtype)
             self.others[number] = (unet.eval(), json.loads((folder / "model_index.json").read_text())["sigma_init"])
         unet, sigma = self.others[number]
         return unet.to(self.unet.device, self.unet.dtype), sigma
@@ -83,7 +83,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return x0
 
     def denoise(
-        self, x: torch.Tensor, sigma: float, class_labels: torch.Tensor, unet: UNet2DModel | None = None
+        self, x: torch.Tensor, sigma: float, class_labels: torch.Tensor, unet: ModelMixin | None = None
     ) -> torch.Tensor:
         """x0 for ``x`` (B, C, H, W) at noise ``sigma``; label -1 is unconditional."""
         data, level = self.config["sigma_data"], x.new_full((len(x),), sigma)

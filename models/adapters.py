@@ -1,0 +1,134 @@
+"""LoRA (arXiv 2106.09685), three in one: one frozen network whose adapters are the student's and the critic's.
+
+The teacher is the network itself: adapters are on only within a call of the network that owns them. What is trained,
+averaged and checkpointed is an adapter's few matrices.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.condition import Condition
+from models.errors import UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of attention, as diffusers' transformers and U-Nets call them."""
+
+
+def _layers(network: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def switched(network: nn.Module, adapter: str | None) -> Iterator[None]:
+    """``network`` with one of its adapters, or none; requires_grad of no parameter is touched.
+
+    peft's own switches set requires_grad, and so stop the training of whatever is switched off before the backward
+    pass.
+    """
+    layers = list(_layers(network).values())
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = adapter or "", adapter is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def active(network: nn.Module) -> str | None:
+    """The adapter that is on."""
+    layer = next(iter(_layers(network).values()), None)
+    return None if layer is None or layer._disable_adapters else cast(str, layer._active_adapter)
+
+
+class Adapted(nn.Module):
+    """``network`` with a new adapter of its own, as ``network(x, t, cond)``; only the adapter's parameters are its own.
+
+    ``network`` has a part of diffusers named ``core``. Before any training the output is the bare network's, bit by
+    bit. UserError if none of its layers is called as ``targets`` say.
+    """
+
+    def __init__(self, network: Any, name: str, rank: int, alpha: int | None = None, targets: Sequence[str] = TARGETS):
+        super().__init__()
+        self.name, self._shared = name, [network]  # a list: not a sub-module
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha if alpha else rank, target_modules=list(targets), init_lora_weights="gaussian"
+        )
+        try:
+            inject_adapter_in_model(config, network.core, adapter_name=name)
+        except ValueError as error:
+            raise UserError(f"lora.targets: {list(targets)} name no layer of this network") from error
+        layers = _layers(network)
+        for layer in layers.values():
+            layer._disable_adapters = True
+        matrices = {
+            f"{place}.{side}": getattr(layer, side)[name]
+            for place, layer in layers.items()
+            for side in ("lora_A", "lora_B")
+            if name in getattr(layer, side)
+        }
+        self.adapter = nn.ModuleDict({key.replace(".", "/"): module for key, module in matrices.items()})
+
+    @property
+    def network(self) -> Any:
+        """The network with all its adapters."""
+        return self._shared[0]
+
+    @property
+    def core(self) -> Any:
+        return self.network.core
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        with switched(self.network, self.name):
+            return self.network(x, t, cond)
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy on the CPU with its adapter added to the weights, without any; a network without adapters is itself."""
+    if not isinstance(network, Adapted):
+        return network
+    whole = copy.deepcopy(network.network).cpu()
+    for name, layer in _layers(whole).items():
+        layer.merge(adapter_names=[network.name])
+        parent, _, last = name.rpartition(".")
+        setattr(whole.get_submodule(parent), last, layer.get_base_layer())
+    return whole
+
+
+def save_lora(folder: Path, part: str, network: nn.Module) -> None:
+    """The adapter as ``pytorch_lora_weights.safetensors``, which a pipeline's ``load_lora_weights`` reads.
+
+    ``part`` is the network's name in the pipeline. Scaled to alpha = rank, as files without an alpha are read.
+    """
+    if not isinstance(network, Adapted):
+        return
+    layer = next(iter(_layers(network.core).values()))
+    scale = layer.scaling[network.name]
+    state = {
+        f"{part}.{key}": (scale if ".lora_B." in key else 1.0) * value.detach().float().cpu().contiguous()
+        for key, value in get_peft_model_state_dict(network.core, adapter_name=network.name).items()
+    }
+    save_file(state, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
+
+
+def checkpointed(network: Any) -> None:
+    """Blocks recompute their activations in the backward pass, with the adapter that was on in the forward pass."""
+
+    def contexts(adapter: str | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), switched(network, adapter)
+
+    def run(block: Any, *inputs: Any) -> Any:
+        adapter = active(network)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts(adapter))
+
+    network.core.enable_gradient_checkpointing(run)
