@@ -1,24 +1,31 @@
 """From settings to one stage of text to 3D, and from one command to all of them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
+
+from distill.data import Batch
 from distill.methods.base import Method
 from distill.methods.scene_distillation import Prompts, SceneDistillation
-from distill.settings import Config, DiffInstruct, FDistill, SceneStage, UniInstruct
+from distill.settings import Config, SceneStage
 from distill.settings import SceneDistillation as Settings
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
+from models.discriminator import feature_channels
 from models.errors import UserError
 from models.scene import saved
-from models.scene.cameras import Orbit
-from models.scene.critic import LoRACritic
+from models.scene.cameras import Orbit, camera_to_world
+from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.particles import Generator
 from models.scene.surface import Geometry, Texture, find_threshold
+from models.seeds import Draws, mix
+from models.student import heun
 from models.teachers import base, load
-from models.teachers.sana import SanaSpec
+from models.teachers.base import TextSpec
 
 
 def slug(prompt: str) -> str:
@@ -68,7 +75,7 @@ def scene_of(settings: Settings) -> saved.Scene:
     )
 
 
-def prompts_of(settings: Settings, sentence: str, spec: SanaSpec) -> Prompts:
+def prompts_of(settings: Settings, sentence: str, spec: TextSpec) -> Prompts:
     """The sentence embedded, plain and with each view's words; UserError for words that the teacher does not know."""
     if unknown := spec.unknown_words(sentence):
         raise UserError(f"method.prompt: the teacher does not know the words: {', '.join(unknown)}")
@@ -76,12 +83,12 @@ def prompts_of(settings: Settings, sentence: str, spec: SanaSpec) -> Prompts:
     return Prompts(spec.text([sentence]), {word: spec.text([f"{sentence}, {word} view"]) for word in words})
 
 
-def _critic(settings: Settings, teacher: Denoiser, spec: SanaSpec, prompt: Condition) -> LoRACritic:
+def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condition) -> LoRACritic:
     path = settings.critic.path
     if path is None:
         return LoRACritic(teacher, prompt, settings.critic.rank)
     other, its_spec = load(path)
-    if not isinstance(its_spec, SanaSpec) or its_spec.shape != spec.shape:
+    if not isinstance(its_spec, TextSpec) or its_spec.shape != spec.shape:
         raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
     return LoRACritic(other.requires_grad_(False), its_spec.text([prompt_text(settings)]), settings.critic.rank)
 
@@ -96,13 +103,21 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
 
     stage = next(stage for stage in settings.stages if stage.name == settings.stage)
     denoiser, spec = load_teacher(config)
-    if not isinstance(spec, SanaSpec):
+    if not isinstance(spec, TextSpec):
         raise UserError("method.kind: scene_distillation needs a teacher that is asked for prompts")
     assert config.teacher is not None
     teacher = denoiser.requires_grad_(False)
     scene = scene_of(settings)
     prompts = prompts_of(settings, scene.sentence, spec)
     critic = _critic(settings, teacher, spec, prompts.plain) if stage.fake == "lora" else None
+    ratio, gan = build_ratio(stage.matching), getattr(stage.matching, "gan", None)
+    if ratio is not None and gan is None:
+        raise UserError("method.stages: a divergence other than reverse_kl needs `gan`, whose discriminator it reads")
+    discriminator = None
+    if gan is not None:
+        channels = feature_channels(teacher, gan.taps, spec.shape, spec.preview(1))
+        discriminator = CameraDiscriminator(channels, gan.width)
+        teacher = CameraFeatures(teacher.network, teacher.process, teacher.prediction, teacher.sigma_data)
     guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
     generator = _generator(settings, stage, scene)
     method = SceneDistillation(
@@ -119,10 +134,25 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
         spec.encode,
         config.train.steps,
         settings.critic.camera_dropout,
-        None,
-        build_ratio(stage.matching),
+        discriminator,
+        ratio,
+        None if discriminator is None else teacher_samples(guided, prompts, scene.orbit, spec.shape),
     )
     return method, saved.SceneSpec(scene, spec.picture, spec)
+
+
+@torch.no_grad()
+def teacher_samples(
+    teacher: Guided, prompts: Prompts, orbit: Orbit, shape: tuple[int, int, int], count: int = 64, steps: int = 18
+) -> Batch:
+    """``count`` of the teacher's own x0, in Heun steps, with the views that they were asked for."""
+    draws = Draws([mix(7, index) for index in range(count)])
+    cameras = [orbit.camera(row) for row in torch.stack([draws.uniform() for _ in range(6)], 1).tolist()]
+    cond = replace(prompts.teacher(cameras), camera=camera_to_world(cameras).flatten(1))
+    z = draws.normal(*shape)
+    device = next(teacher.parameters()).device
+    parts = (slice(first, first + 16) for first in range(0, count, 16))
+    return Batch(torch.cat([heun(teacher, z[p].to(device), cond[p].to(device), steps) for p in parts]), cond)
 
 
 def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:

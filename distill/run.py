@@ -205,9 +205,9 @@ def train_students(config: Config, settings: MultiStudent) -> int:
 def train_scene(config: Config, settings: SceneDistillation) -> int:
     """Run the stages, finished ones aside, and write the scene's files."""
     for run in build_scene.runs(config, settings):
-        if settings.only in (None, cast(SceneDistillation, run.method).stage) and not _finished(run):
-            if status := train(run):
-                return status
+        wanted = settings.only in (None, cast(SceneDistillation, run.method).stage)
+        if wanted and not _finished(run) and (status := train(run)):
+            return status
     if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
         build_scene.write_files(config, settings)
     return 0

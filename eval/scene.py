@@ -7,16 +7,13 @@ python -m eval.scene RUN/a-red-cube [RUN/...]        one table, a line for each
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.scene import captions, solids
-from models.scene.cameras import Camera, Orbit
-from models.scene.captions import Thing
+from models.scene import solids
 from models.scene.fields import Box
-from models.scene.mesh import Mesh, lattice
+from models.scene.mesh import Mesh
 from models.scene.raster import barycentric
 
 

@@ -1,7 +1,7 @@
 """Text to 3D: distribution matching whose generator draws particles from cameras (VSD, arXiv 2305.16213).
 
 A row of ``distill.rows`` and a ``fake`` choose the method: reverse KL with the score of one sample is SDS (arXiv
-2209.14988), with a trained critic VSD, with the exact score of all particles VSD's own limit; any other row works alike.
+2209.14988), with a trained critic VSD, with the exact score of all particles VSD's own limit; other rows work alike.
 
 =============  ==========================================================================================
 student turn   generator G, encoder G, teacher F, critic F (``exact``: every other particle F instead)
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.data import Batch
 from distill.methods.base import Logs, Turn
 from distill.methods.distribution_matching import DistributionMatching
 from distill.ratio import Ratio
@@ -41,9 +42,6 @@ class Prompts:
     def teacher(self, cameras: list[Camera]) -> Condition:
         """What the teacher is asked for: the text with its view's words, where there are any."""
         return Condition.cat([self.by_view.get(view_word(camera), self.plain) for camera in cameras])
-
-    def to(self, device: torch.device | str) -> "Prompts":
-        return Prompts(self.plain.to(device), {word: cond.to(device) for word, cond in self.by_view.items()})
 
 
 def view_word(camera: Camera) -> str:
@@ -77,7 +75,7 @@ def posterior_mean(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Ten
 class SceneDistillation(DistributionMatching):
     """One stage. ``encode`` takes pictures (B, 3, H, W) in [-1, 1] to the teacher's x0 and lets gradients through.
 
-    ``reals`` (N, C, H, W) are the teacher's own samples, for a discriminator.
+    ``reals`` are the teacher's own samples, each with a camera of the view that it was asked for, for a discriminator.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class SceneDistillation(DistributionMatching):
         camera_dropout: float = 0.1,
         discriminator: nn.Module | None = None,
         ratio: Ratio | None = None,
-        reals: Tensor | None = None,
+        reals: Batch | None = None,
     ):
         if critic is None:
             row = replace(row, critic=False)
@@ -194,6 +192,13 @@ class SceneDistillation(DistributionMatching):
         x0, cond = self._samples[turn.micro]
         kept = (turn.draws.uniform() >= self.camera_dropout).float()[:, None].to(x0.device)
         return x0, replace(cond, camera=cast(Tensor, cond.camera) * kept)
+
+    def critic_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
+        if self.reals is None:
+            return super().critic_loss(turn)
+        images = self.reals.images
+        rows = (turn.draws.uniform() * len(images)).long().clamp(max=len(images) - 1).to(images.device)
+        return super().critic_loss(replace(turn, real=Batch(images[rows], self.reals.cond[rows])))
 
     # ------------------------------------------------------------------------------------------------------ common
 

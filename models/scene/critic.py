@@ -1,72 +1,92 @@
-"""The fake score of VSD: the teacher with low-rank adapters and a camera embedding (arXiv 2305.16213, Sec. 3.2).
+"""The fake score of VSD: the teacher with low-rank adapters and a camera embedding (arXiv 2305.16213, Sec. 3.2); and a
+discriminator that knows the camera, for the divergences that need a density ratio."""
 
-The adapters are forward hooks on the frozen network's own layers, so teacher and critic are one network in memory: the
-hooks add nothing but while the critic itself is asked. Nothing switches ``requires_grad``.
-"""
-
-import math
-import re
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from models.adapters import Adapted
 from models.condition import Condition
 from models.denoiser import Denoiser
+from models.discriminator import Discriminator
 from models.errors import UserError
-
-TARGETS = r"\.to_(q|k|v|out\.0)$"
-"""Layers with adapters: the projections of every self- and cross-attention."""
 
 
 class LoRACritic(nn.Module):
     """``critic(x_t, t, cond) -> x0`` with the camera in ``cond.camera`` (B, 16); zeros are 'no camera'.
 
-    Whatever words for a view ``cond`` has, the text is ``prompt``, a Condition of one row. Its parameters are the adapters and the camera embedding alone; before any training it is the base denoiser.
+    Whatever words for a view ``cond`` has, the text is ``prompt``, a Condition of one row. Its parameters are the
+    adapters and the camera embedding alone, which is added to that of the time; before any training it is the base
+    denoiser. ``base`` stays in use as the teacher.
     """
 
     def __init__(self, base: Denoiser, prompt: Condition, rank: int = 4):
         super().__init__()
-        self._base = (base,)  # a tuple: no submodule, whose parameters would be trained and saved
-        self._camera: Tensor | None = None
-        self._prompt = prompt
-        self._active = False
-        layers = {name: layer for name, layer in base.network.named_modules() if re.search(TARGETS, f".{name}")}
-        layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         times = [layer for layer in base.network.modules() if isinstance(layer, TimestepEmbedding)]
-        if not layers or not times:
-            raise UserError("method.critic: this teacher has no attention or no time embedding that an adapter fits")
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for name, layer in layers.items():
-            key = name.replace(".", "/")
-            self.down[key] = nn.Parameter(torch.randn(rank, layer.in_features) / math.sqrt(layer.in_features))
-            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank))
-            layer.register_forward_hook(self._adapter(key))
+        if not times:
+            raise UserError("method.critic: this teacher has no time embedding that a camera's could be added to")
+        self.adapted = Adapted(base.network, "camera", rank)
+        self._denoiser = (Denoiser(self.adapted, base.process, base.prediction, base.sigma_data),)  # not a sub-module
+        self._prompt, self._camera = prompt, torch.empty(0)
         width = times[0].linear_2.out_features
-        self.camera = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.camera[2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.camera[2].bias)  # type: ignore[arg-type]
-        times[0].register_forward_hook(self._camera_hook)
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.camera = nn.Sequential(nn.Linear(16, width), nn.SiLU(), last)
+        times[0].register_forward_hook(self._add_camera)
 
-    def _adapter(self, key: str):
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self._active:
-                return None
-            return output + F.linear(F.linear(inputs[0], self.down[key]), self.up[key])
-
-        return add
-
-    def _camera_hook(self, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._camera is None:
-            return None
-        return output + self.camera(self._camera.to(output.dtype))
+    def _add_camera(self, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Of the time embedding; nothing while the teacher is asked."""
+        return output + self.camera(self._camera).to(output.dtype) if len(self._camera) else None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The mean of x0 (B, C, H, W) among the particles' pictures from that camera."""
-        own = Condition.cat([self._prompt] * len(x_t)).to(x_t.device)
-        self._active, self._camera = True, cond.camera
+        if cond.camera is None:
+            raise ValueError("this critic is conditional on the camera: the condition has none")
+        prompt = Condition.cat([self._prompt] * len(x_t)).to(x_t.device)
+        self._camera = cond.camera
         try:
-            return self._base[0].denoise(x_t, t, own)
+            return self._denoiser[0].denoise(x_t, t, prompt)
         finally:
-            self._active, self._camera = False, None
+            self._camera = torch.empty(0)
+
+
+class CameraFeatures(Denoiser):
+    """A denoiser whose features end with the condition's camera (B, 16)."""
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str]) -> list[Tensor]:
+        return [*super().features(x_t, t, cond, taps), self._camera(cond)]
+
+    def denoise_and_features(
+        self, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[str], through: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        x0, features = super().denoise_and_features(x_t, t, cond, taps, through)
+        return x0, [*features, self._camera(cond)]
+
+    @staticmethod
+    def _camera(cond: Condition) -> Tensor:
+        if cond.camera is None:
+            raise ValueError("the condition has no camera")
+        return cond.camera
+
+
+class CameraDiscriminator(Discriminator):
+    """Heads on a teacher's features and, by projection (arXiv 1802.05637), on the camera.
+
+    At its optimum the logit (B,) is ``log q_t(x_t | view's words) / p_t(x_t | camera)``. Reads what
+    :class:`CameraFeatures` gives.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 64):
+        super().__init__(channels, width)
+        self.projections = nn.ModuleList(nn.Linear(16, c) for c in channels)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        *features, camera = features
+        logits = super().forward(features)
+        for feature, projection in zip(features, self.projections, strict=True):
+            pooled = feature.flatten(2).mean(2) if feature.ndim == 4 else feature.mean(1)
+            logits = logits + (projection(camera) * pooled).mean(1) / len(features)
+        return logits

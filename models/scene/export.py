@@ -19,7 +19,7 @@ from models.errors import UserError, run_command
 from models.folders import replace_folder
 from models.scene import saved
 from models.scene.backdrops import Backdrop
-from models.scene.cameras import Camera, Orbit
+from models.scene.cameras import Camera
 from models.scene.fields import Field
 from models.scene.mesh import Mesh
 from models.scene.particles import Views
@@ -175,9 +175,7 @@ def export(folder: Path, output: Path, sizes: Sizes, picture: Picture = "colour"
             library_mesh.export(temporary / f"{prefix}obj" / "model.obj")
             with torch.no_grad():
                 colours = (field(small.vertices)[1] * 255).round().byte().numpy()
-            plain = trimesh.Trimesh(
-                small.vertices.numpy(), small.faces.numpy(), vertex_colors=colours, process=False
-            )
+            plain = trimesh.Trimesh(small.vertices.numpy(), small.faces.numpy(), vertex_colors=colours, process=False)
             plain.export(temporary / f"{prefix}model.ply")
             cameras = scene.orbit.turntable(sizes.frames)
             pixels = to_pixels(turntable(small, field, backdrop, cameras, sizes.size, picture))

@@ -15,7 +15,7 @@ from models.errors import UserError
 from models.folders import replace_folder
 from models.scene.backdrops import Backdrop, Learned, Plain, Studio
 from models.scene.cameras import Orbit
-from models.scene.fields import Blob, Box, Field, FieldSizes
+from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.mesh import Mesh
 from models.scene.particles import Fields, Generator
 from models.teachers.base import Spec
@@ -58,7 +58,7 @@ class Scene:
 
 
 def _read(values: dict[str, Any]) -> Scene:
-    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     inner = {"orbit": Orbit, "box": Box, "blob": Blob, "field": FieldSizes}
     for key, kind in inner.items():
         tuples[key] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[key].items()})
@@ -69,7 +69,10 @@ def save(folder: Path, scene: Scene, tensors: dict[str, Tensor], card: str) -> N
     """``scene.json``, ``scene.safetensors`` and ``README.md``, through a temporary folder."""
     with replace_folder(folder) as temporary:
         (temporary / "scene.json").write_text(json.dumps(asdict(scene), indent=2) + "\n")
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / "scene.safetensors")
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            temporary / "scene.safetensors",
+        )
         (temporary / "README.md").write_text(card)
 
 

@@ -124,7 +124,8 @@ class Geometry(Generator):
 
     def __init__(self, fields: Fields, thresholds: Sequence[float], cells: int, picture: Picture):
         super().__init__()
-        self._fields, self.picture, self.side = (fields,), picture, cells
+        self._fields, self.side = (fields,), cells
+        self.picture: Picture = picture
         start = []
         for index, threshold in enumerate(thresholds):
             distance, peak = distances(fields.particle(index), cells, threshold)
@@ -166,7 +167,8 @@ class Texture(Generator):
 
     def __init__(self, meshes: Sequence[Mesh], fields: Fields, picture: Picture):
         super().__init__()
-        self.fields, self.picture = fields, picture
+        self.fields = fields
+        self.picture: Picture = picture
         for index, mesh in enumerate(meshes):
             self.register_buffer(f"vertices_{index}", mesh.vertices, persistent=False)
             self.register_buffer(f"faces_{index}", mesh.faces, persistent=False)
