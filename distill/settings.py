@@ -712,7 +712,7 @@ class SceneDistillation(Schema):
     blob_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """In half sides from the box's centre."""
     backdrop: Literal["studio", "learned", "random", "white", "black", "grey"] = "learned"
-    """studio: the solids world's wall and floor; learned: a network of the direction, or half the time a plain colour."""
+    """studio: the wall and floor of solids; learned: a network of the direction, or half the time a plain colour."""
     critic: SceneCritic = SceneCritic()
     """The fake score."""
     stages: list[SceneStage] = Field(min_length=1)

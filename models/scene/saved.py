@@ -69,10 +69,8 @@ def save(folder: Path, scene: Scene, tensors: dict[str, Tensor], card: str) -> N
     """``scene.json``, ``scene.safetensors`` and ``README.md``, through a temporary folder."""
     with replace_folder(folder) as temporary:
         (temporary / "scene.json").write_text(json.dumps(asdict(scene), indent=2) + "\n")
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            temporary / "scene.safetensors",
-        )
+        kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(kept, temporary / "scene.safetensors")
         (temporary / "README.md").write_text(card)
 
 
