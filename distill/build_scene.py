@@ -1,11 +1,13 @@
 """From settings to one stage of text to 3D, and from one command to all of them."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import PartialState
 
 from distill.data import Batch
 from distill.methods.base import Method
@@ -20,6 +22,7 @@ from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
 from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.memory import fitting_samples, free_bytes
 from models.scene.particles import Generator
 from models.scene.surface import Geometry, Texture, find_threshold
 from models.seeds import Draws, mix
@@ -119,6 +122,8 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
         discriminator = CameraDiscriminator(channels, gan.width)
         teacher = CameraFeatures(teacher.network, teacher.process, teacher.prediction, teacher.sigma_data)
     guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
+    if stage.kind == "volume":
+        scene = replace(scene, samples=_samples(config, stage, scene))
     generator = _generator(settings, stage, scene)
     method = SceneDistillation(
         stage,
@@ -139,6 +144,24 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
         None if discriminator is None else teacher_samples(guided, prompts, scene.orbit, spec.shape),
     )
     return method, saved.SceneSpec(scene, spec.picture, spec)
+
+
+def _samples(config: Config, stage: SceneStage, scene: saved.Scene) -> int:
+    """Samples a ray that fit into memory at the stage's largest resolution; says so where that is fewer."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    views = config.train.batch_size // (state.num_processes * config.train.gradient_accumulation_steps)
+    size = max(size for _, size in stage.resolutions)
+    samples = fitting_samples(scene.field, views, size, stage.samples, free_bytes(state.device))
+    if samples < stage.samples and state.is_main_process:
+        print(f"{stage.name}: {samples} samples a ray in the place of {stage.samples}, so that {size} x {size} fits")
+    return samples
+
+
+def largest(method: SceneDistillation) -> None:
+    """Put a new stage to the end of its schedule of resolutions, for an estimate."""
+    sizes = method.stage.resolutions
+    share = max(sizes, key=lambda pair: pair[1])[0]
+    method.progress.steps.fill_(math.ceil(share * method.progress.total))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
+from distill.methods.scene_distillation import SceneDistillation as SceneMethod
 from distill.settings import Config, MultiStudent, SceneDistillation, write_config
 from distill.trainer import Trainer
 from models.errors import UserError
@@ -242,6 +243,12 @@ def dry_run(config: Config) -> int:
     from distill.estimate import estimate
 
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if isinstance(config.method, SceneDistillation):
+        first = build_scene.runs(config, config.method)[0]
+        trainer = build(first)
+        build_scene.largest(cast(SceneMethod, trainer.method))
+        print(json.dumps({cast(SceneDistillation, first.method).stage: estimate(trainer)}, indent=2))
+        return 0
     if not isinstance(config.method, MultiStudent):
         print(json.dumps(estimate(build(config)), indent=2))
         return 0

@@ -172,7 +172,10 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
         ({"only": "mesh"}, "there is no stage mesh"),
         ({"template": "a photo"}, "write {} once"),
         ({"cameras": {"elevation": [20, 10]}}, "elevation: 20 to 10 is no range"),
-        ({"stages": [STAGES[0] | {"share": 1.0, "fake": "exact", "matching": {"kind": "sid"}}]}, "needs a trained critic"),
+        (
+            {"stages": [STAGES[0] | {"share": 1.0, "fake": "exact", "matching": {"kind": "sid"}}]},
+            "needs a trained critic",
+        ),
         ({"stages": [STAGES[0]]}, "do not make 1"),
     ],
 )
