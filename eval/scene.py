@@ -168,11 +168,11 @@ def nearest_solid(shape: str, colour: str, mesh: Mesh, box: Box, orbit: Orbit) -
     higher or lower so that the mean of the volume's IoU and the outlines' is highest."""
     points = box.world(lattice(CELLS))
     inside = inside_mesh(mesh, box, CELLS)
-    values, overlap = fit(shape, points, inside)
+    coarse = inside_mesh(mesh, box, CELLS // 2)
+    values, overlap = fit(shape, box.world(lattice(CELLS // 2)), coarse, steps=80)
     views = cameras_of(orbit, 6, 0.0)
-    own = torch.stack(
-        [rasterise(mesh, mesh.vertices, camera, SIZE, smooth=False).coverage[0] > 0.5 for camera in views]
-    )
+    masks = [rasterise(mesh, mesh.vertices, camera, SIZE, smooth=False).coverage[0] > 0.5 for camera in views]
+    own = torch.stack(masks)
     best = (-1.0, values, overlap)
     for scale in (0.88, 0.92, 0.96, 1.0):
         for lift in (-0.04, 0.0, 0.04):
@@ -290,9 +290,10 @@ class Options:
                     others = sorted({other.sentence for other in scenes.values()} - {scene.sentence})
                     found |= judge_clip(exported, self.clip, scene.sentence, others, scene.orbit)
                 results.append(found)
-                print(
-                    "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in found.items()), flush=True
+                words = (
+                    f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in found.items()
                 )
+                print("  ".join(words), flush=True)
         if len(results) > 1:
             print("mean  " + "  ".join(f"{key} {value:.3f}" for key, value in modes(results).items()))
         if self.output is not None:

@@ -174,7 +174,7 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
         ({"cameras": {"elevation": [20, 10]}}, "elevation: 20 to 10 is no range"),
         (
             {"stages": [STAGES[0] | {"share": 1.0, "fake": "exact", "matching": {"kind": "sid"}}]},
-            "needs a trained critic",
+            "a trained critic",
         ),
         ({"stages": [STAGES[0]]}, "do not make 1"),
     ],
