@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -141,7 +142,7 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
         settings.critic.camera_dropout,
         discriminator,
         ratio,
-        None if discriminator is None else teacher_samples(guided, prompts, scene.orbit, spec.shape),
+        None if discriminator is None else partial(teacher_samples, guided, prompts, scene.orbit, spec.shape),
     )
     return method, saved.SceneSpec(scene, spec.picture, spec)
 
@@ -175,7 +176,8 @@ def teacher_samples(
     z = draws.normal(*shape)
     device = next(teacher.parameters()).device
     parts = (slice(first, first + 16) for first in range(0, count, 16))
-    return Batch(torch.cat([heun(teacher, z[p].to(device), cond[p].to(device), steps) for p in parts]), cond)
+    made = torch.cat([heun(teacher, z[p].to(device), cond[p].to(device), steps) for p in parts])
+    return Batch(made, cond.to(device))
 
 
 def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:

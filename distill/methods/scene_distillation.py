@@ -75,7 +75,7 @@ def posterior_mean(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Ten
 class SceneDistillation(DistributionMatching):
     """One stage. ``encode`` takes pictures (B, 3, H, W) in [-1, 1] to the teacher's x0 and lets gradients through.
 
-    ``reals`` are the teacher's own samples, each with a camera of the view that it was asked for, for a discriminator.
+    ``reals()`` makes the teacher's own samples for a discriminator, each with a camera of the view it was asked for.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SceneDistillation(DistributionMatching):
         camera_dropout: float = 0.1,
         discriminator: nn.Module | None = None,
         ratio: Ratio | None = None,
-        reals: Batch | None = None,
+        reals: Callable[[], Batch] | None = None,
     ):
         if critic is None:
             row = replace(row, critic=False)
@@ -116,7 +116,11 @@ class SceneDistillation(DistributionMatching):
         self.buffers["progress"] = self.progress
         self.critic_turns = stage.matching.critic_turns if critic is not None or discriminator is not None else 0
         self.pictures = set()
-        self.reals = reals
+        self._make_reals = reals
+        self._reals: Batch | None = None
+        self.frozen += generator.held()
+        if critic is not None:
+            self.frozen.append(critic.base)
         self._others: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------ student turn
@@ -194,11 +198,12 @@ class SceneDistillation(DistributionMatching):
         return x0, replace(cond, camera=cast(Tensor, cond.camera) * kept)
 
     def critic_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
-        if self.reals is None:
+        if self._make_reals is None:
             return super().critic_loss(turn)
-        images = self.reals.images
-        rows = (turn.draws.uniform() * len(images)).long().clamp(max=len(images) - 1).to(images.device)
-        return super().critic_loss(replace(turn, real=Batch(images[rows], self.reals.cond[rows])))
+        self._reals = self._reals or self._make_reals()
+        images, cond = self._reals.images, self._reals.cond
+        rows = (turn.draws.uniform() * len(images)).long().clamp(max=len(images) - 1)
+        return super().critic_loss(replace(turn, real=Batch(images[rows], cond[rows])))
 
     # ------------------------------------------------------------------------------------------------------ common
 

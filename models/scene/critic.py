@@ -37,6 +37,11 @@ class LoRACritic(nn.Module):
         self.camera = nn.Sequential(nn.Linear(16, width), nn.SiLU(), last)
         times[0].register_forward_hook(self._add_camera)
 
+    @property
+    def base(self) -> Denoiser:
+        """The network with the adapters, frozen but for them."""
+        return self._denoiser[0]
+
     def _add_camera(self, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Of the time embedding; nothing while the teacher is asked."""
         return output + self.camera(self._camera).to(output.dtype) if len(self._camera) else None

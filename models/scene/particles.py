@@ -39,8 +39,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Drawn:
-    """``images`` (B, 3, H, W) in [-1, 1], ``opacity`` (B, 1, H, W), ``normals`` (B, 3, H, W) in [-1, 1] or None, and
-    the terms of regularisation, scalars by name."""
+    """``images`` (B, 3, H, W) in [-1, 1], ``opacity`` (B, 1, H, W), and regularisers, scalars by name."""
 
     images: Tensor
     opacity: Tensor
@@ -55,6 +54,10 @@ class Generator(nn.Module):
 
     def prepare(self, step: int) -> None:
         """Called before every training step; no gradient, nothing random but by ``step``."""
+
+    def held(self) -> list[nn.Module]:
+        """Frozen modules that it uses and that are not its own."""
+        return []
 
     def tensors(self) -> dict[str, Tensor]:
         """What a scene's folder keeps of it."""

@@ -137,6 +137,9 @@ class Geometry(Generator):
         self.register_buffer("places", lattice(cells), persistent=False)
         self.register_buffer("cells", tetrahedra(cells), persistent=False)
 
+    def held(self) -> list[nn.Module]:
+        return [self._fields[0]]
+
     def meshes(self) -> list[Mesh]:
         """The surfaces of all particles, world units."""
         found = []
