@@ -10,7 +10,9 @@ from torch import Tensor
 from models.errors import UserError
 from models.scene.backdrops import Learned, Plain, Studio
 from models.scene.cameras import Camera, Orbit, rays
+from models.scene.doctor import findings
 from models.scene.fields import Blob, Box, Field, FieldSizes, HashEncoding
+from models.scene.memory import fitting_samples, rendering_bytes
 from models.scene.particles import Fields, Views
 from models.scene.volume import Occupancy, render, span
 
@@ -155,3 +157,20 @@ def test_views_of_several_particles_keep_their_places():
     for row, particle in enumerate([2, 0, 2, 1]):
         alone = fields(Views([cameras[row]], [particle], 8, noise[row : row + 1])).images[0]
         torch.testing.assert_close(mixed[row], alone)
+
+
+def test_samples_are_lowered_before_memory_runs_out():
+    sizes = FieldSizes(side=8)
+    need = rendering_bytes(sizes, 2, 64, 48)
+    assert fitting_samples(sizes, 2, 64, 48, int(need / 0.6) + 1000) == 48
+    assert fitting_samples(sizes, 2, 64, 48, int(need / 0.6 / 2) + 1000) == 24
+    assert fitting_samples(sizes, 2, 64, 48, None) == 48
+    with pytest.raises(UserError, match=r"resolutions: 2 views of 512 x 512 need .* GiB.*train\.batch_size"):
+        fitting_samples(sizes, 2, 512, 48, 1 << 20)
+
+
+def test_the_doctor_knows_what_is_installed():
+    found = {finding.name: finding for finding in findings()}
+    assert found["torch on the CPU"].usable
+    assert found["tinycudann"].usable == (importlib.util.find_spec("tinycudann") is not None)
+    assert str(found["tinycudann"]).startswith(("yes", "no "))
