@@ -10,13 +10,19 @@ export KMP_BLOCKTIME := 0
 export GOMP_SPINCOUNT := 1000
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test data lint clean
+.PHONY: quickstart test app screenshots browser data lint clean
 
 quickstart: $(VENV)/.installed data
 	$(BIN)/accelerate launch --num_processes 1 distill/train.py --config configs/fashion_mnist/quickstart.yaml --output $(RUN)
 	$(BIN)/python -m eval.fid --student $(RUN) --num-images 4000
 
-test: $(VENV)/.installed-dev data lint
+app: $(VENV)/.installed-app
+	$(BIN)/python -m app
+
+screenshots: $(VENV)/.installed-dev browser
+	$(BIN)/python -m app.screenshots
+
+test: $(VENV)/.installed-dev data lint browser
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -26,6 +32,12 @@ lint: $(VENV)/.installed-dev
 
 data: $(VENV)/.installed
 	$(BIN)/python -m distill.data $(DATA)
+
+# Without a browser its tests are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+		echo "no browser here: sudo apt-get install chromium"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
@@ -38,8 +50,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.installed-app: $(VENV)/.installed
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[app]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,data,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[app,eval,data,dev]'
 	@touch $@
 
 clean:

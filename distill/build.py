@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from distill import checkpoint, rows
 from distill.build_scene import build_stage
@@ -55,6 +56,7 @@ from distill.settings import (
     LoRA,
     MatchingMethod,
     MultiStudent,
+    PrecomputedData,
     Pretrain,
     SanaSize,
     SceneDistillation,
@@ -62,20 +64,23 @@ from distill.settings import (
     SiD,
     SiDA,
     SolidsData,
+    Teacher,
     UniInstruct,
 )
+from distill.stored import Stored, cached
 from models import autoencoder
 from models.adapters import Adapted, checkpointed
 from models.autoencoder import PictureSpec
 from models.controlnet import BranchAlone, SanaControlBranch, edges
-from models.denoiser import Denoiser, Guided
+from models.denoiser import CoreNetwork, Denoiser, Guided
 from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
 from models.process import EDM
 from models.scene import captions
 from models.student import OneStepStudent
 from models.teachers import base, load, sana
-from models.teachers.base import ClassSpec, TextSpec
+from models.teachers.base import ClassSpec, Texts, TextSpec
+from models.teachers.class_pipeline import ClassPipelineSpec
 from models.teachers.embedded import PatchUNet, Spec
 from models.teachers.pipeline import PipelineSpec
 from models.teachers.sana import SanaNetwork, SanaSpec
@@ -118,6 +123,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
     data, seed = config.data, config.train.seed
     size = config.train.batch_size // (world * config.train.gradient_accumulation_steps)
     pictures: Pictures
+    groups: Tensor | None = None
     match data:
         case FashionMNISTData():
             pictures = FashionMNIST(data.path)
@@ -138,11 +144,19 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             pictures = SolidsPictures(data.count, data.size)
         case ConditionsOnly():
             return None, None, []
+        case PrecomputedData():
+            if config.method.kind in ("pretrain", "autoencoder"):
+                raise UserError(f"data.kind: `{config.method.kind}` learns from pictures, not from their latents")
+            pictures = Stored(data.path)
+            if not pictures.pictures:
+                return None, None, []
+            groups = pictures.groups if data.streaming else None
     if len(pictures) == 0:
         raise UserError(f"data: no pictures in {data}")
     if config.classes is not None:
         pictures = Subset(pictures, config.classes)
-    return ShuffledStream(pictures, size, seed, rank, world), pictures.shape, pictures.class_names
+        groups = None if groups is None else groups[pictures.indices]
+    return ShuffledStream(pictures, size, seed, rank, world, groups), pictures.shape, pictures.class_names
 
 
 def build_method(
@@ -283,7 +297,7 @@ def load_teacher(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(teacher.path, teacher.size, teacher.tokens, teacher.config)
-    if isinstance(spec, PipelineSpec):
+    if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
     if shape is not None and shape != spec.picture:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")
@@ -293,7 +307,11 @@ def load_teacher(
         scales = {teacher.guidance, *(config.method.guidance if isinstance(config.method, Consistency) else [])}
         if not spec.guidable and scales != {1.0}:
             raise UserError(f"guidance: {teacher.path} is a distilled teacher without an unconditional answer: give 1")
-        return denoiser, spec
+        return denoiser, _without_encoders(config, teacher, spec)
+    if teacher.cache is not None:
+        raise UserError(f"teacher.cache: {teacher.path} knows classes, which need no text encoder: remove the key")
+    if isinstance(config.data, PrecomputedData):
+        Stored(config.data.path).check(spec, teacher.path)
     if isinstance(config.data, SolidsData) or getattr(config.data, "caption_column", None):
         raise UserError(f"data: pictures with captions, but the teacher {teacher.path} knows classes")
     if spec.num_classes == 1 and teacher.guidance != 1:
@@ -303,6 +321,30 @@ def load_teacher(
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
     return denoiser, spec
+
+
+def _without_encoders(config: Config, teacher: Teacher, spec: TextSpec) -> TextSpec:
+    """The spec without the encoders that this run will not ask, if there is somewhere else to take embeddings from."""
+    if isinstance(config.data, PrecomputedData):
+        if spec.control is not None:
+            raise UserError(
+                f"data.kind: {teacher.path} follows lines, which are drawn from pictures; precomputed has none"
+            )
+        Stored(config.data.path).check(spec, teacher.path)
+        known = spec.text(spec.examples)
+        return spec.without_encoders(Texts(spec.examples, lambda indices: known[torch.tensor(indices)]), True)
+    if teacher.cache is None:
+        return spec
+    match config.data:
+        case ConditionsOnly() | HFData(streaming=False):
+            pass
+        case _:
+            raise UserError("teacher.cache: the captions of these data cannot be listed: use distill.precompute")
+    prompts = [] if config.data.prompts is None else read_prompts(config.data.prompts)
+    if isinstance(config.data, HFData):
+        prompts += list(hf_dataset(config.data, 0, 1)[config.data.caption_column])
+    known = cached(teacher.cache, spec, [*prompts, *spec.examples], teacher.path, teacher.tokens)
+    return spec.without_encoders(known, isinstance(config.data, ConditionsOnly))
 
 
 def class_teacher(config: Config, shape: Shape | None = None, class_names: Sequence[str] = ()) -> tuple[Denoiser, Spec]:
@@ -359,12 +401,13 @@ def build_ratio(settings: MatchingMethod) -> Ratio | None:
 
 def with_checkpointing(networks: dict[str, nn.Module]) -> None:
     """Make networks that come from diffusers recompute their activations; UserError if none can."""
-    found = [module for network in networks.values() for module in network.modules() if hasattr(module, "core")]
+    modules = [module for network in networks.values() for module in network.modules()]
+    found = [module for module in modules if isinstance(module, CoreNetwork)]
     for network in found:
         if isinstance(network, Adapted):
             checkpointed(network.network)
         else:
-            cast(Any, network).core.enable_gradient_checkpointing()
+            network.core.enable_gradient_checkpointing()
     if not found:
         raise UserError("train.gradient_checkpointing: no network of this run can recompute its activations")
 
@@ -426,6 +469,9 @@ def _start(
         raise UserError(f"method.start: {settings.start} makes other pictures than the teacher")
     if run:
         _load_weights(critic, run, "critic")
+    if isinstance(own, TextSpec) and isinstance(spec, TextSpec) and spec.texts is not None:
+        known = replace(cast(Any, own), examples=spec.examples)
+        own = known.without_encoders(spec.texts, isinstance(config.data, PrecomputedData | ConditionsOnly))
     return denoiser.train(), own, critic
 
 
@@ -480,13 +526,16 @@ def _conditions(config: Config, spec: ClassSpec | TextSpec) -> Classes | Caption
             raise UserError("data.prompts: this teacher is asked for classes, not prompts; remove the key")
         return Classes(spec.num_classes, config.classes)
     if file is not None:
-        return Captions(read_prompts(file), spec)
+        return Captions.of(read_prompts(file), spec)
     match data:
+        case PrecomputedData():
+            stored = Stored(data.path)
+            return Captions(len(stored), stored.texts)
         case SolidsData():
             drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
-            return Captions(sorted(drawn - captions.held_out()), spec)
+            return Captions.of(sorted(drawn - captions.held_out()), spec)
         case HFData() if not data.streaming and data.caption_column:
-            return Captions(list(hf_dataset(data, 0, 1)[data.caption_column]), spec)
+            return Captions.of(list(hf_dataset(data, 0, 1)[data.caption_column]), spec)
     raise UserError("data.prompts: missing; a text file with a prompt in each line")
 
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,11 +32,15 @@ ROUGH = 0x11E5
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (B, C, H, W) in [-1, 1], or the x0 they are encoded to, and their conditions or captions."""
+    """``images`` (B, C, H, W) in [-1, 1], or the x0 they are encoded to, and their conditions or captions.
+
+    ``encoded``: they are x0 and embedded conditions, and nothing is left to be done.
+    """
 
     images: Tensor
     cond: Condition
     captions: tuple[str, ...] = ()
+    encoded: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, images=self.images.to(device, non_blocking=True), cond=self.cond.to(device))
@@ -44,11 +48,13 @@ class Batch:
     def through(self, spec: Spec, seeds: Sequence[int]) -> "Batch":
         """As the teacher sees it: pictures encoded, captions embedded, and, if it follows them, lines as a hand draws
         them; which hand, ``seeds`` (one a picture) say."""
+        if self.encoded:
+            return self
         cond = spec.text(self.captions) if isinstance(spec, TextSpec) else self.cond
         if isinstance(spec, TextSpec) and spec.control is not None:
             draws = Draws([mix(seed, ROUGH) for seed in seeds], self.images.device)
             cond = replace(cond, control=roughened(edges(self.images), draws))
-        return Batch(spec.encode(self.images), cond)
+        return Batch(spec.encode(self.images), cond, encoded=True)
 
 
 class Pictures(Protocol):
@@ -72,6 +78,10 @@ class Stream(Protocol):
     """An endless supply of batches whose position can be saved."""
 
     def next(self) -> Batch: ...
+
+    def resize(self, size: int) -> None:
+        """Batches of ``size`` from now on."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -316,10 +326,15 @@ class ShuffledStream:
 
     ``size`` is this process's batch; processes take consecutive slices of one global batch, so the pictures of a step
     do not depend on how many processes share it. The next batch is prepared while the current one is used.
+    With ``groups`` (N,), numbers of the files that pictures are in, those of a file come one after another, which is
+    how files that do not fit into memory are read: files in a random order, and what is in them too.
     """
 
-    def __init__(self, pictures: Pictures, size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, pictures: Pictures, size: int, seed: int, rank: int = 0, world: int = 1, groups: Tensor | None = None
+    ):
         self.pictures, self.size, self.seed, self.rank, self.world = pictures, size, seed, rank, world
+        self.groups = groups
         self.position = 0
         self._order: tuple[int, Tensor] | None = None
         self._ahead: tuple[int, Future[Batch]] | None = None
@@ -329,7 +344,11 @@ class ShuffledStream:
         epoch, offset = divmod(sample, len(self.pictures))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.pictures), generator=generator))
+            order = torch.randperm(len(self.pictures), generator=generator)
+            if self.groups is not None:
+                places = torch.randperm(int(self.groups.max()) + 1, generator=generator)
+                order = order[places[self.groups[order]].argsort(stable=True)]
+            self._order = (epoch, order)
         return int(self._order[1][offset])
 
     def _load(self, position: int) -> Batch:
@@ -344,6 +363,9 @@ class ShuffledStream:
         self.position += self.size * self.world
         self._ahead = (self.position, self._pool.submit(self._load, self.position))
         return batch
+
+    def resize(self, size: int) -> None:
+        self.size, self._ahead = size, None
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -383,6 +405,9 @@ class StreamedPictures:
             self._rows = iter(self.dataset)
         return self.columns.collate(rows, self.shape)
 
+    def resize(self, size: int) -> None:
+        self.size = size
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
 
@@ -409,15 +434,20 @@ class Classes:
 
 
 class Captions:
-    """Conditions alone: prompts drawn uniformly from a list; ``guidance`` is for networks that embed its scale."""
+    """Conditions alone: of ``count`` prompts, drawn uniformly; ``embed`` has them by their numbers."""
 
-    def __init__(self, prompts: list[str], spec: TextSpec, guidance: float | None = None):
-        self.prompts, self.spec, self.guidance = prompts, spec, guidance
+    def __init__(self, count: int, embed: Callable[[list[int]], Condition]):
+        self.count, self.embed = count, embed
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], spec: TextSpec) -> "Captions":
+        """Of a list of prompts."""
+        return cls(len(prompts), lambda indices: spec.text([prompts[i] for i in indices]))
 
     def sample(self, draws: Draws) -> Condition:
         """One condition for each row of ``draws``."""
-        index = (draws.uniform() * len(self.prompts)).long().clamp(max=len(self.prompts) - 1)
-        return self.spec.text([self.prompts[i] for i in index.tolist()], self.guidance)
+        index = (draws.uniform() * self.count).long().clamp(max=self.count - 1)
+        return self.embed(index.tolist()).to(draws.device)
 
 
 if __name__ == "__main__":

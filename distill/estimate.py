@@ -1,65 +1,175 @@
-"""Time and memory of a run, from turns really made on this device."""
+"""Time and memory of a run, from turns really made on this device.
 
-import resource
+Memory is what is always there (weights, moments, average, frozen networks) and what a turn needs beside it (gradients,
+activations). The latter grows with the batch by the same amount for each sample, so turns of one and of two samples
+tell it for any number, and the largest batch that fits.
+"""
+
 import statistics
-import sys
 import time
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.trainer import Trainer
 
+GIB = 2**30
+USABLE = 0.92
+"""Share of a device's memory that tensors may fill; the rest is the libraries' and fragmentation."""
 
-def _seconds(trainer: Trainer, kind: str, index: int) -> float:
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made and not yet freed since it began, and the most there were; for CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and not isinstance(value, DTensor):
+                self._see(value, given)
+        return result
+
+    def _see(self, value: Tensor, given: set[int]) -> None:
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in given or key in self._live:
+            return
+        self._live.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.now -= size
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Of this process's own storages, each once."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    return sum(storages.values())
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
+
+
+def fixed_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes that are always there, by part: each trained network with its moments (student: and average), and the
+    frozen networks, which those with adapters share."""
+    parts: dict[str, int] = {}
+    for name, network in trainer.bare.items():
+        moments = [v for state in trainer.optimizers[name].optimizer.state.values() for v in state.values()]
+        average = trainer.ema.shadow_params if name == "student" else []
+        parts[name] = _bytes([*_tensors([network]), *moments, *average])
+    device = trainer.accelerator.device.type
+    own = {t.untyped_storage().data_ptr() for t in _tensors(trainer.bare.values()) if not isinstance(t, DTensor)}
+    frozen = _tensors([*trainer.method.frozen, *trainer.method.buffers.values(), *trainer.spec.parts()])
+    kept = [t for t in frozen if t.device.type == device]
+    parts["frozen"] = _bytes(t for t in kept if isinstance(t, DTensor) or t.untyped_storage().data_ptr() not in own)
+    return parts
+
+
+def _turn(trainer: Trainer, kind: str) -> float:
     """Wall time of one turn, the device's queue drained before and after."""
     wait = torch.cuda.synchronize if trainer.accelerator.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
-    trainer.turn(kind, index)
+    trainer.turn(kind, 0 if kind == "student" else 1)
     wait()
     return time.perf_counter() - started
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory used up to now, GiB: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+def turn_memory(trainer: Trainer, kind: str) -> int:
+    """Most bytes that a turn has beside the fixed ones."""
+    if trainer.accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _turn(trainer, kind)
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        _turn(trainer, kind)
+    return live.peak
 
 
-def network_memory(trainer: Trainer) -> dict[str, float]:
-    """GiB that parameters take, with gradients, two moments and (student) the average where trained."""
-    gib = lambda modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters()) / 2**30
-    trained = {name: gib([network]) * (5 if name == "student" else 4) for name, network in trainer.bare.items()}
-    return trained | {"frozen": gib(trainer.method.frozen)}
+def _resize(trainer: Trainer, samples: int) -> None:
+    """Micro-batches of ``samples`` from now on."""
+    trainer.size = samples
+    if trainer.stream is not None:
+        trainer.stream.resize(samples)
+
+
+def _kinds(trainer: Trainer) -> list[str]:
+    return ["student", "critic"] if trainer.method.critic_turns else ["student"]
+
+
+def plan_memory(trainer: Trainer) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Fixed bytes by part, and of each kind of turn the bytes for no sample and for each sample more."""
+    size, turns = trainer.size, {}
+    found: dict[str, list[int]] = {kind: [] for kind in _kinds(trainer)}
+    for samples in (1, 2):
+        _resize(trainer, samples)
+        for kind in found:  # twice: the first turn makes the optimizer's moments
+            _turn(trainer, kind)
+        for kind in found:
+            found[kind].append(turn_memory(trainer, kind))
+    for kind, (one, two) in found.items():
+        turns[kind] = (2 * one - two, max(1, two - one))
+    _resize(trainer, size)
+    return fixed_memory(trainer), turns
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a process's device has in all."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
 
 
 def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
-    """Seconds per student and critic turn (median of ``repeats`` after one of warm-up), time of the whole run, memory.
+    """Seconds per student and critic turn (median of ``repeats``), time of the whole run, and memory of a process:
+    by part, foreseen and measured at the micro-batch that was asked for, and the largest one that fits.
 
     The turns change the trainer's networks: use it for nothing else afterwards. Nothing is written.
     """
-    critic_turns = trainer.method.critic_turns
-    _seconds(trainer, "student", 0)
-    student = statistics.median(_seconds(trainer, "student", 0) for _ in range(repeats))
-    critic = 0.0
-    if critic_turns:
-        _seconds(trainer, "critic", 1)
-        critic = statistics.median(_seconds(trainer, "critic", 1) for _ in range(repeats))
-    step = student + critic_turns * critic
-    device = trainer.accelerator.device
+    fixed, turns = plan_memory(trainer)
+    device, size = trainer.accelerator.device, trainer.size
+    foreseen = {kind: fewest + size * each for kind, (fewest, each) in turns.items()}
+    usable = USABLE * device_memory(device) - sum(fixed.values())
+    largest = max(0, min(int((usable - fewest) // each) for fewest, each in turns.values()))
+    seconds, measured = dict.fromkeys(turns, 0.0), None
+    if size <= largest:
+        for kind in turns:
+            _turn(trainer, kind)
+        measured = sum(fixed.values()) + max(turn_memory(trainer, kind) for kind in turns)
+        seconds = {kind: statistics.median(_turn(trainer, kind) for _ in range(repeats)) for kind in turns}
+    step = seconds["student"] + trainer.method.critic_turns * seconds.get("critic", 0.0)
+    gib = lambda value: round(value / GIB, 4)
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "processes": trainer.accelerator.num_processes,
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in trainer.bare.items()},
-        "seconds_per_student_turn": round(student, 4),
-        "seconds_per_critic_turn": round(critic, 4),
-        "critic_turns_per_student_turn": critic_turns,
-        "hours": round(step * trainer.config.train.steps / 3600, 3),
-        "network_memory_gib": {name: round(value, 4) for name, value in network_memory(trainer).items()},
-        "peak_memory_gib": round(peak_memory(device), 3),
+        "seconds_per_student_turn": round(seconds["student"], 4),
+        "seconds_per_critic_turn": round(seconds.get("critic", 0.0), 4),
+        "critic_turns_per_student_turn": trainer.method.critic_turns,
+        "hours": round(step * trainer.config.train.steps / 3600, 3) if measured else None,
+        "memory_gib": {name: gib(value) for name, value in fixed.items()}
+        | {f"{kind}_turn": gib(value) for kind, value in foreseen.items()}
+        | {"total": gib(sum(fixed.values()) + max(foreseen.values())), "device": gib(device_memory(device))},
+        "measured_peak_gib": gib(measured) if measured else None,
+        "micro_batch": size,
+        "largest_micro_batch": largest,
     }

@@ -23,11 +23,13 @@ class Preview:
         self._teacher: Tensor | None = None
 
     @torch.no_grad()
-    def draw(self, method: Method, step: int) -> None:
-        """Write ``step-NNNNNN.png``; the teacher's rows are made once."""
+    def draw(self, method: Method, step: int, write: bool = True) -> None:
+        """Write ``step-NNNNNN.png``, or only take part in making it; the teacher's rows are made once."""
         if self._teacher is None:
             self._teacher = method.reference(self.z, self.cond, self.teacher_steps)
         student = method.sample(self.z, self.cond)
+        if not write:
+            return
         rows = [student] if self._teacher is None else [self._teacher, student]
         pictures = [part for pair in zip(*(row.split(COLUMNS) for row in rows), strict=True) for part in pair]
         decoded = self.spec.decode(torch.cat(pictures)).float().cpu()

@@ -12,15 +12,18 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 
-from distill import build_scene
+from distill import build_scene, parallel
 from distill.build import build_method, build_stream, class_teacher
-from distill.card import model_card
+from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.methods.scene_distillation import SceneDistillation as SceneMethod
-from distill.settings import Config, MultiStudent, SceneDistillation, write_config
+from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, write_config
 from distill.trainer import Trainer
+from distill.upload import check_token, upload
+from models.adapters import merged
 from models.errors import UserError
+from models.folders import replace_text
 from models.multi_student import assemble
 from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
@@ -28,11 +31,12 @@ from models.teachers.embedded import PatchUNet, read_spec
 STOPPED = 130
 """Exit status after SIGTERM or Ctrl-C; everything is saved."""
 
-FREE_KEYS = {"output", "evaluation", "method.only"} | {
+FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
     f"train.{name}"
     for name in (
         "steps",
         "cpu_threads",
+        "parallel",
         "log_every",
         "sample_every",
         "checkpoint_every",
@@ -53,6 +57,7 @@ def build(config: Config) -> Trainer:
         project_dir=str(config.output),
         step_scheduler_with_optimizer=False,
     )
+    parallel.check_launch(accelerator)
     if accelerator.device.type == "cpu":  # accelerate launch leaves each process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -96,7 +101,9 @@ def check_same_run(config: Config) -> None:
 
 
 def train(config: Config) -> int:
-    """Train to the end, export the student and score it if asked to; returns the process's exit status."""
+    """Train to the end, export the student, score and upload it if asked to; returns the process's exit status."""
+    if config.push_to_hub is not None:
+        check_token(config.push_to_hub)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
     if isinstance(config.method, SceneDistillation) and config.method.stage is None:
@@ -119,13 +126,14 @@ def train(config: Config) -> int:
         if main:
             print(f"stopped at step {trainer.step} of {config.train.steps}; the same command resumes", file=sys.stderr)
         return STOPPED
-    if main:
-        with trainer.ema_weights():
+    with trainer.ema_weights():
+        if main:
             card = model_card(config, trainer.spec)
             trainer.spec.save(config.output / "student", trainer.method.exported(), card)
-        print(f"student: {config.output / 'student'}")
-        if config.evaluation.num_images:
-            evaluate(config, trainer.stream)
+        elif config.train.parallel == "fsdp2":  # its parts are gathered
+            merged(trainer.method.exported())
+    if main:
+        publish(config, trainer.stream)
     trainer.accelerator.wait_for_everyone()
     return STOPPED if trainer.stopping else 0
 
@@ -197,9 +205,7 @@ def train_students(config: Config, settings: MultiStudent) -> int:
             raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
     spec = read_spec(parts[0] / "student")
     assemble(config.output / "student", [part / "student" for part in parts], owner, model_card(config, spec))
-    print(f"student: {config.output / 'student'}")
-    if config.evaluation.num_images:
-        evaluate(config)
+    publish(config)
     return 0
 
 
@@ -214,6 +220,16 @@ def train_scene(config: Config, settings: SceneDistillation) -> int:
     return 0
 
 
+def publish(config: Config, stream: Stream | None = None) -> None:
+    """Tell where the exported student is; score and upload it if that is asked for."""
+    student = config.output / "student"
+    print(f"student: {student}")
+    if config.evaluation.num_images:
+        evaluate(config, stream)
+    if config.push_to_hub is not None:
+        print(f"uploaded: {upload(student, config.push_to_hub)}")
+
+
 def evaluate(config: Config, stream: Stream | None = None) -> None:
     """Score the exported student beside its teacher and write the report into the run folder.
 
@@ -222,7 +238,8 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
     from eval import fid, report
 
     folder = config.output / "report"
-    teacher = resolve(config.teacher.path) if config.teacher else None
+    whole = config.teacher is not None and config.teacher.config is None  # a single file has no folder to be scored
+    teacher = resolve(config.teacher.path) if config.teacher and whole else None
     settings = config.evaluation
     student = config.output / "student"
     result = fid.evaluate(
@@ -230,10 +247,13 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
         teacher,
         settings.num_images,
         teacher_steps=settings.teacher_steps,
-        training=stream.pictures if isinstance(stream, ShuffledStream) else None,
+        training=stream.pictures
+        if isinstance(stream, ShuffledStream) and not isinstance(config.data, PrecomputedData)
+        else None,
         grid=folder / "grid.png",
     )
     report.write(result, folder, config.output)
+    replace_text(student / "README.md", (student / "README.md").read_text() + scores_table(result))
     print(report.as_text(result))
     print(f"report: {folder / 'report.html'}")
 
@@ -254,6 +274,6 @@ def dry_run(config: Config) -> int:
         return 0
     _, plan = plan_students(config, config.method)
     stages = {run.output.name: estimate(trainer) for run, trainer in _rehearse(next(iter(plan.values())))}
-    hours = sum(stage["hours"] for stage in stages.values())
+    hours = sum(stage["hours"] or 0 for stage in stages.values())
     print(json.dumps({"students": len(plan), "hours": round(len(plan) * hours, 3), "stages": stages}, indent=2))
     return 0

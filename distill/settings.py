@@ -106,24 +106,43 @@ class ConditionsOnly(Schema):
     """Text file with a prompt in each line, for teachers that are asked for prompts; classes need none."""
 
 
-Data = Annotated[FashionMNISTData | ImageFolderData | HFData | SolidsData | ConditionsOnly, Field(discriminator="kind")]
+class PrecomputedData(Schema):
+    """Latents and text embeddings that `python -m distill.precompute` made, of pictures or of prompts alone.
+
+    Neither autoencoder nor text encoder is asked in training; a student is asked for the prompts of all samples.
+    """
+
+    kind: Literal["precomputed"] = "precomputed"
+    path: Path
+    """The folder."""
+    streaming: bool = False
+    """Read shard after shard, in a random order, for data that do not fit into memory; false: anything at any time."""
+
+
+Data = Annotated[
+    FashionMNISTData | ImageFolderData | HFData | SolidsData | ConditionsOnly | PrecomputedData,
+    Field(discriminator="kind"),
+]
 
 
 class Teacher(Schema):
     """The pretrained model."""
 
     path: str
-    """Folder of a teacher, or embedded:NAME for one that comes with the project."""
+    """Folder of a teacher, hub id org/name, single .safetensors file of the network, or embedded:NAME."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
     size: int | None = Field(default=None, gt=0)
     """Side of its pictures in pixels, for diffusers' families; null: the checkpoint's own."""
     tokens: int | None = Field(default=None, gt=0)
     """Tokens of a prompt, for encoders of any length; null: as the family's pipeline."""
-    config: Path | None = None
-    """Pipeline folder with all the rest, where `path` is a single .safetensors file of the network."""
+    config: str | None = None
+    """Pipeline folder or hub id with all the rest, where `path` is a single .safetensors file of the network."""
     offload: bool = False
     """Keep text encoders and autoencoder on the CPU."""
+    cache: Path | None = None
+    """Folder for the float32 embeddings of all prompts, encoded once, after which the text encoders are dropped; null:
+    they are encoded as they are needed."""
 
 
 class LoRA(Schema):
@@ -179,6 +198,8 @@ class Train(Schema):
 
     channels_last: bool = False
     """Memory layout of the convolutions' weights."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: a copy of every network in each process; fsdp2: networks of diffusers are divided over the processes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time, far less memory."""
     compile: bool = False
@@ -772,6 +793,8 @@ class Config(Schema):
     """The loop."""
     evaluation: Evaluation = Evaluation()
     """Scoring at the end."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Model repository, org/name, that the exported student is uploaded to at the end; null: none."""
 
 
 # --------------------------------------------------------------------------------------------- reading and errors

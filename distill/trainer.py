@@ -13,13 +13,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from distill import checkpoint
+from distill import checkpoint, parallel
 from distill.data import Stream
 from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
+from distill.optimizers import learning_rate, new_optimizer
 from distill.preview import Preview
 from distill.reduce import sum_over_processes
-from distill.schedule import learning_rate
 from distill.settings import Config, Optimizer
 from models.errors import UserError
 from models.seeds import Draws, mix
@@ -42,23 +42,30 @@ class Trainer:
         train, device = config.train, accelerator.device
         self.spec = spec.to(device)
         self.step, self.micro_batches = 0, train.gradient_accumulation_steps
-        self.size = train.batch_size // (accelerator.num_processes * self.micro_batches)
+        self.size: int = train.batch_size // (accelerator.num_processes * self.micro_batches)
         self.bare: dict[str, nn.Module] = dict(method.networks)
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
-        for name, network in self.bare.items():
+        for network in self.bare.values():
             network.train()
             if train.channels_last:
                 network.to(memory_format=torch.channels_last)
-            optimizer = self._optimizer(network, self._settings(name))
-            self.wrapped[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
-            if train.compile:
-                self.wrapped[name].compile()
         for module in [*method.buffers.values(), *method.frozen]:
             module.to(device)
+        if train.parallel == "fsdp2" and accelerator.num_processes > 1:
+            parallel.shard([*method.frozen, *self.bare.values()], accelerator)
+        for name, network in self.bare.items():
+            make = lambda network=network, name=name: new_optimizer(network, self._settings(name))
+            if parallel.is_sharded(network):
+                self.wrapped[name], self.optimizers[name] = network, accelerator.prepare_optimizer(make())
+            else:
+                self.wrapped[name], self.optimizers[name] = accelerator.prepare(network, make())
+            if train.compile:
+                self.wrapped[name].compile()
         # At step n the average reaches back about n^0.75 steps, until ema_decay is reached.
         schedule = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
-        self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=True, **schedule)
+        whole = not parallel.is_sharded(self.bare["student"])
+        self.ema = EMAModel(self.bare["student"].parameters(), decay=train.ema_decay, foreach=whole, **schedule)
         self.metrics = Metrics(config.output / "metrics.jsonl")
         self.preview = Preview(config.output / "samples", self.spec, config.evaluation.teacher_steps, device)
         self.bad_steps = torch.zeros(3, device=device)
@@ -68,28 +75,13 @@ class Trainer:
     def _settings(self, name: str) -> Optimizer:
         return self.config.student if name == "student" else self.config.critic or self.config.student
 
-    @staticmethod
-    def _optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-        betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        if settings.eight_bit:
-            try:
-                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-            except ImportError as error:
-                raise UserError("eight_bit needs the library bitsandbytes: pip install bitsandbytes") from error
-            return AdamW8bit(parameters, settings.lr, betas, settings.eps, decay)
-        return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, weight_decay=decay, fused=True)
-
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The student with its averaged weights."""
         parameters = list(self.bare["student"].parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
+        with parallel.kept(parameters):
+            self.ema.copy_to(parameters)
             yield
-        finally:
-            self.ema.restore(parameters)
 
     # -------------------------------------------------------------------------------------------------------- turns
 
@@ -115,7 +107,7 @@ class Trainer:
             with ExitStack() as stack:
                 if micro < self.micro_batches - 1:
                     for name in names:
-                        stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
+                        stack.enter_context(parallel.no_sync(self.wrapped[name], self.accelerator))
                 with self.accelerator.autocast():
                     loss, logs = loss_of(self._inputs(kind, index, micro))
                 self.accelerator.backward(loss / self.micro_batches)
@@ -139,7 +131,7 @@ class Trainer:
         norms = {}
         for name in names:
             limit = self._settings(name).max_grad_norm
-            norms[name] = self.accelerator.clip_grad_norm_(self.wrapped[name].parameters(), limit)
+            norms[name] = parallel.clip_grad_norm(self.wrapped[name].parameters(), limit)
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all() & loss.isfinite()
         bad = sum_over_processes((~finite).float()).clamp(max=1)
         for name in names:
@@ -158,22 +150,20 @@ class Trainer:
         """Write a checkpoint of everything that is trained and of every position."""
         stream = self.stream.state_dict() if self.stream is not None else {}
         streams = gather_object([stream]) if self.accelerator.num_processes > 1 else [stream]
-        if self.accelerator.is_main_process:
-            names = [name for name, _ in self.bare["student"].named_parameters()]
-            average = dict(zip(names, (p.contiguous() for p in self.ema.shadow_params), strict=True))
-            state = {
-                "step": self.step,
-                "streams": streams,
-                "sums": self.metrics.sums,
-                "bad_steps": self.bad_steps,
-                "ema_step": self.ema.optimization_step,
-                "buffers": {name: module.state_dict() for name, module in self.method.buffers.items()},
-            }
-            optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
-            keep = self.config.train.checkpoints_total_limit
-            folder = self.config.output / "checkpoints"
-            checkpoint.save(folder, self.step, self.bare, optimizers, average, state, keep)
-        self.accelerator.wait_for_everyone()
+        names = [name for name, _ in self.bare["student"].named_parameters()]
+        average = dict(zip(names, self.ema.shadow_params, strict=True))
+        state = {
+            "step": self.step,
+            "streams": streams,
+            "sums": self.metrics.sums,
+            "bad_steps": self.bad_steps,
+            "ema_step": self.ema.optimization_step,
+            "buffers": {name: module.state_dict() for name, module in self.method.buffers.items()},
+        }
+        optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
+        keep, folder = self.config.train.checkpoints_total_limit, self.config.output / "checkpoints"
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        checkpoint.save(folder, self.step, self.bare, optimizers, average, state, keep, *place)
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
@@ -230,9 +220,11 @@ class Trainer:
         return self.step >= train.steps
 
     def _sample(self) -> None:
-        if self.accelerator.is_main_process:
+        """By the first process; by all, where each has a part of the networks."""
+        main = self.accelerator.is_main_process
+        if main or self.config.train.parallel == "fsdp2":
             with self.ema_weights():
-                self.preview.draw(self.method, self.step)
+                self.preview.draw(self.method, self.step, write=main)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopping = True

@@ -189,7 +189,8 @@ def main(options: Options) -> None:
         found = measure(options, batch)
         student, critic = found["seconds_per_student_turn"], found["seconds_per_critic_turn"]
         numbers = f"{batch:>6}{student:>11.3f}{critic:>10.3f}{student / critic if critic else 0:>8.2f}"
-        print(f"{numbers}{batch / student:>12.1f}{found['peak_memory_gib']:>10.2f}  {found['device']}", flush=True)
+        peak = found["measured_peak_gib"] or 0.0
+        print(f"{numbers}{batch / student:>12.1f}{peak:>10.2f}  {found['device']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from eval.features import Protocol, load_extractor
 from eval.reference import load_reference
 from models import teachers
 from models.errors import UserError, run_command
-from models.teachers.embedded import read_spec
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("diff_instruct", "dmd2", "f_distill", "uni_instruct", "sim", "sid", "multi_student")
@@ -152,7 +151,7 @@ class Record:
         if settings["teacher"] is None:
             raise UserError(f"{self.folder} has no teacher: there is nothing to compare")
         student = self.folder / "student"
-        spec, judge = read_spec(student), load_extractor("fd_fmnist_cnn", "cpu")
+        spec, judge = teachers.load_class_conditional(student)[1], load_extractor("fd_fmnist_cnn", "cpu")
         rules = fid.protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
         key = f"{rules.digest()} {fid.weights_digest(student)}"
         if self.values.get("scored") != key:

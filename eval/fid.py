@@ -25,7 +25,6 @@ import torch
 import tyro
 import yaml
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +38,7 @@ from eval.features import (
     load_extractor,
 )
 from eval.frechet import frechet_distance, frechet_spread
-from eval.generate import Sampler, images
+from eval.generate import Sampler, images, painted
 from eval.inception import Inception
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
 from eval.nearest import LOOKED_AT, Training, TrainingFolder, nearest
@@ -52,8 +51,7 @@ from models.errors import UserError, run_command
 from models.folders import replace_text
 from models.multi_student import MultiStudent
 from models.seeds import Draws
-from models.student import OneStepStudent
-from models.teachers import embedded
+from models.teachers.base import ClassSpec
 
 MIN_IMAGES = 10
 RESAMPLED = 256
@@ -66,7 +64,7 @@ class Options:
     """Score a distilled student and its teacher, and write report.html and report.json."""
 
     student: Path | None = None
-    """A run folder, or an exported student (model_index.json and unet/)."""
+    """A run folder, or an exported student (model_index.json beside its network)."""
     images: Path | None = None
     """A folder of pictures to score as they are, in the student's place."""
     num_images: int = 4000
@@ -134,18 +132,23 @@ class Score:
 # ----------------------------------------------------------------------------------------------------- folders
 
 
+def _network(folder: Path) -> Path:
+    """Where the network's weights are in an exported folder."""
+    return folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
+
+
 def student_folder(path: Path) -> Path:
     """The exported student that ``path`` is or has; UserError if there is none."""
     if not path.is_dir():
         raise UserError(f"--student: there is no folder {path}")
     for folder in (path, path / "student"):
-        if (folder / "model_index.json").is_file() and (folder / "unet").is_dir():
+        if (folder / "model_index.json").is_file() and _network(folder).is_dir():
             return folder
     if (path / "config.yaml").is_file():
         raise UserError(
             f"--student: the run {path} has no exported student yet: {path / 'student'} has no model_index.json"
         )
-    raise UserError(f"--student: {path} is neither a run nor an exported student (model_index.json and unet/)")
+    raise UserError(f"--student: {path} is neither a run nor an exported student (model_index.json beside its network)")
 
 
 def teacher_of(run: Path) -> str | None:
@@ -160,29 +163,30 @@ def teacher_of(run: Path) -> str | None:
         raise UserError(f"{config} names no teacher under teacher.path: give it with --teacher") from error
 
 
-def load_student(folder: Path, device: torch.device) -> tuple[Sampler, embedded.Spec]:
+def load_student(folder: Path, device: torch.device) -> tuple[Sampler, ClassSpec]:
     """The student in ``folder``, or its several students, and the spec; UserError if unreadable or a teacher."""
     try:
-        denoiser, spec = embedded.load(folder)
-    except (KeyError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"student {folder} cannot be read: {type(error).__name__} {reason}") from error
-    if spec.sigma_init is None:
-        raise UserError(f"{folder} is a teacher, not an exported student: its model_index.json has no sigma_init")
+        denoiser, spec = teachers.load_class_conditional(folder)
+    except (UserError, RuntimeError) as error:
+        reason = " ".join(str(error).removeprefix(f"teacher {folder}: ").split())[:300]
+        raise UserError(f"student {folder} cannot be read: {reason}") from error
+    if not spec.student:
+        raise UserError(f"{folder} is a teacher, not an exported student: it has no time of a first step")
+    spec = spec.to(device)
     if spec.student_of_class is None:
-        return Sampler.student(OneStepStudent(denoiser.to(device), spec.sigma_init).eval()), spec
+        return Sampler.student(spec.one_step(denoiser.to(device)).eval()), spec
     several = MultiStudent(folder, device=device)
     return Sampler(f"{len(several)} students, 1 step", 1, lambda z, cond, _noise: several.generate(z, cond)), spec
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the U-Net's weights in ``folder``; of several students, that of all digests in their order."""
+    """SHA-256 of the network's weights in ``folder``; of several files or students, that of all in their order."""
     digests = []
     for place in [folder, *sorted(folder.glob("student_[0-9]*"), key=lambda path: (len(path.name), path.name))]:
-        files = sorted((place / "unet").glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(f"{place / 'unet'} should hold one .safetensors file, not {len(files)}")
-        digests.append(file_digest(files[0]))
+        files = sorted(_network(place).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{_network(place)} holds no .safetensors file")
+        digests += [file_digest(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -285,7 +289,7 @@ def score(
     sampler: Sampler,
     extractor: Extractor,
     reference: Reference,
-    spec: embedded.Spec,
+    spec: ClassSpec,
     n: int,
     seed: int = 0,
     batch: int = 250,
@@ -299,16 +303,16 @@ def score(
 
     ``processes`` is this process's number and how many share the pictures.
     """
-    shape, (rank, world) = (spec.channels, spec.size, spec.size), processes
+    rank, world = processes
     rules = protocol(extractor, reference, n, seed, spec.num_classes, name)
-    to_uint8 = QUANTISATIONS[quantisation_of(name)].function
+    to_uint8 = painted(spec, QUANTISATIONS[quantisation_of(name)].function)
     found: list[Score] = []
     for run in range(best_of):
         first, started = seed + run * n, time.perf_counter()
         made = images(
             sampler,
             n,
-            shape,
+            spec.shape,
             spec.num_classes,
             batch,
             first,
@@ -376,13 +380,13 @@ def _seconds(call: Callable[[], Tensor], repeats: int, device: torch.device) -> 
 
 
 @torch.no_grad()
-def speed(samplers: list[Sampler], spec: embedded.Spec, batch: int, device: torch.device) -> dict[str, Any]:
+def speed(samplers: list[Sampler], spec: ClassSpec, batch: int, device: torch.device) -> dict[str, Any]:
     """Pictures per second of each sampler at one batch size, one after the other in this process; median of 3 or 7."""
-    z = Draws(range(batch), device).normal(spec.channels, spec.size, spec.size)
+    z = Draws(range(batch), device).normal(*spec.shape)
     cond = Condition(class_ids=torch.arange(batch, device=device) % spec.num_classes)
     rates = {}
     for sampler in tqdm(samplers, desc="speed", unit="sampler"):
-        call = lambda sampler=sampler: sampler.function(z, cond, lambda: z)
+        call = lambda sampler=sampler: spec.decode(sampler.function(z, cond, lambda: z))
         if sampler.nfe < 10:
             call()
         rates[sampler.name] = batch / _seconds(call, 7 if sampler.nfe < 10 else 3, device)
@@ -496,8 +500,8 @@ def evaluate(
     sources: list[tuple[Sampler, TeacherScores | None]] = [(one_step, None)]
     provenance: dict[str, Any] = {"student": str(student), "student_weights_sha256": weights_digest(student)}
     if teacher is not None:
-        teacher_denoiser, teacher_spec = teachers.load(teacher)
-        differing = [f for f in ("channels", "size", "num_classes") if getattr(spec, f) != getattr(teacher_spec, f)]
+        teacher_denoiser, teacher_spec = teachers.load_class_conditional(teacher)
+        differing = [f for f in ("shape", "num_classes") if getattr(spec, f) != getattr(teacher_spec, f)]
         if differing:
             raise UserError(f"student {student} and teacher {teacher} differ in {', '.join(differing)}")
         teacher_denoiser.to(place)
@@ -527,9 +531,10 @@ def evaluate(
     copies = None
     if training is not None:
         if isinstance(training, Path):
-            training = TrainingFolder(training, spec.channels)
-        shape = (spec.channels, spec.size, spec.size)
-        mine = torch.cat(list(images(one_step, min(n, LOOKED_AT), shape, spec.num_classes, batch, seed, device=place)))
+            training = TrainingFolder(training, spec.picture[0])
+        rest: dict[str, Any] = {"device": place, "to_uint8": painted(spec)}
+        made = images(one_step, min(n, LOOKED_AT), spec.shape, spec.num_classes, batch, seed, **rest)
+        mine = torch.cat(list(made))
         found = nearest(mine, training, judge)
         copies = {"closer": found.closer, "among": found.among}
         if grid is not None and processes[0] == 0:

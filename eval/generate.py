@@ -13,6 +13,7 @@ from models.condition import Condition
 from models.errors import UserError
 from models.seeds import Draws
 from models.student import Denoises, OneStepStudent, heun
+from models.teachers.base import Spec
 
 Sample = Callable[[Tensor, Condition], Tensor]
 Noise = Callable[[], Tensor]
@@ -42,6 +43,11 @@ class Sampler:
         """The teacher with Heun's method: ``2 steps - 1`` network calls."""
         name = f"teacher, {steps} Heun steps" if steps > 1 else "teacher, 1 step"
         return cls(name, 2 * steps - 1, lambda z, cond, _noise: heun(denoiser, z, cond, steps))
+
+
+def painted(spec: Spec, quantise: Callable[[Tensor], Tensor] = quantize) -> Callable[[Tensor], Tensor]:
+    """x0 (B, *spec.shape), pixels or latents, to uint8 pictures (B, *spec.picture)."""
+    return lambda x0: quantise(spec.decode(x0))
 
 
 class Generated:

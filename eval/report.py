@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.generate import Sampler, images
+from eval.generate import Sampler, images, painted
 from models.errors import UserError, run_command
-from models.teachers.embedded import Spec
+from models.teachers.base import ClassSpec
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 CURVE_POINTS = 400
@@ -48,7 +48,7 @@ def _pixels(images_: Tensor, side: int) -> NDArray[np.uint8]:
     return rgb.repeat(factor, 1).repeat(factor, 2)
 
 
-def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.device | str) -> NDArray[np.uint8]:
+def picture_grid(samplers: list[Sampler], spec: ClassSpec, seed: int, device: torch.device | str) -> NDArray[np.uint8]:
     """RGB (H, W, 3): one column for each of the first ten classes; four groups of rows, one row for each sampler.
 
     Pictures of a group and column have the same noise and class; with at most ten classes they are the first of those
@@ -56,8 +56,8 @@ def picture_grid(samplers: list[Sampler], spec: Spec, seed: int, device: torch.d
     """
     columns = min(GRID_COLUMNS, spec.num_classes)
     n = GRID_ROWS * columns
-    shape = (spec.channels, spec.size, spec.size)
-    made = [torch.cat(list(images(s, n, shape, columns, 50, seed, device=device))) for s in samplers]
+    rest: dict[str, Any] = {"device": device, "to_uint8": painted(spec)}
+    made = [torch.cat(list(images(s, n, spec.shape, columns, 50, seed, **rest))) for s in samplers]
     tiles = [_pixels(pictures, 64) for pictures in made]
     side, head, margin, gap = tiles[0].shape[1], 22, 64, 8
     group = len(samplers) * side + gap
@@ -94,7 +94,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return series
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
             step = float(entry.pop("step"))

@@ -14,9 +14,11 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition
+from models.denoiser import CoreNetwork
 from models.errors import UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -51,7 +53,7 @@ def active(network: nn.Module) -> str | None:
     return None if layer is None or layer._disable_adapters else cast(str, layer._active_adapter)
 
 
-class Adapted(nn.Module):
+class Adapted(CoreNetwork):
     """``network`` with a new adapter of its own, as ``network(x, t, cond)``; only the adapter's parameters are its own.
 
     ``network`` has a part of diffusers named ``core``. Before any training the output is the bare network's, bit by
@@ -93,16 +95,37 @@ class Adapted(nn.Module):
             return self.network(x, t, cond)
 
 
+def lora_parameters(core: nn.Module) -> set[nn.Parameter]:
+    """The matrices of all adapters on it."""
+    sides = [side for layer in _layers(core).values() for side in (layer.lora_A, layer.lora_B)]
+    return {parameter for side in sides for parameter in side.parameters()}
+
+
 def merged(network: nn.Module) -> nn.Module:
-    """A copy on the CPU with its adapter added to the weights, without any; a network without adapters is itself."""
-    if not isinstance(network, Adapted):
+    """The network with whole weights on the CPU, its adapter added to them; itself if there is nothing to do.
+
+    A sharded network is gathered: all processes must call it.
+    """
+    bare: Any = network.network if isinstance(network, Adapted) else network
+    core = bare.core
+    if bare is network and not any(isinstance(parameter, DTensor) for parameter in core.parameters()):
         return network
-    whole = copy.deepcopy(network.network).cpu()
-    for name, layer in _layers(whole).items():
-        layer.merge(adapter_names=[network.name])
-        parent, _, last = name.rpartition(".")
-        setattr(whole.get_submodule(parent), last, layer.get_base_layer())
-    return whole
+    state: dict[str, Tensor] = {}
+    for name, value in [*core.named_parameters(), *core.named_buffers()]:
+        if ".lora_" not in name:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            state[name.replace(".base_layer.", ".")] = whole.detach().cpu()
+    if isinstance(network, Adapted):
+        for name, layer in _layers(core).items():
+            delta = layer.get_delta_weight(network.name).detach().cpu()  # type: ignore[operator]
+            state[f"{name}.weight"] = state[f"{name}.weight"] + delta
+    sharded = any(isinstance(parameter, DTensor) for parameter in core.parameters())
+    kind: Any = type(core).__mro__[2] if sharded else type(core)  # behind the class that fully_shard makes
+    fresh = kind.from_config(core.config)
+    fresh.load_state_dict(state, strict=False)
+    clone = copy.copy(bare)
+    clone._modules = {name: fresh if module is core else module for name, module in bare._modules.items()}
+    return clone
 
 
 def save_lora(folder: Path, part: str, network: nn.Module) -> None:

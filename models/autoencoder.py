@@ -44,6 +44,9 @@ pictures = vae.decode(latents / vae.config.scaling_factor).sample"""
     def to(self, _device: torch.device | str) -> "PictureSpec":
         return self
 
+    def parts(self) -> list[nn.Module]:
+        return []
+
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
         assert isinstance(network, AutoencoderDC)
         with replace_folder(folder) as temporary:

@@ -1,10 +1,11 @@
 """A teacher is a denoiser: ``denoise(x_t, t, cond) -> x0``, whatever its network predicts and however it was noised."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from models.process import Process, expand_to
 
 class StopForward(Exception):
     """Ends a network's forward pass once the last tapped block has run."""
+
+
+class CoreNetwork(nn.Module, ABC):
+    """A network of diffusers, ``core``, called as ``network(x, t, cond)``."""
+
+    @property
+    @abstractmethod
+    def core(self) -> Any: ...
 
 
 class Denoiser(nn.Module):

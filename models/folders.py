@@ -7,11 +7,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary file of this process's own."""
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary file of this process's own that becomes ``path``, on the disk, when the block ends well."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` through a temporary file."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where :func:`replace_folder` has ``folder`` until it is whole."""
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 @contextmanager
@@ -21,7 +38,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     Files are on the disk before that. A crash between the two renames leaves the old folder under another name, which
     the next call puts back.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    temporary, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (temporary, old):

@@ -180,6 +180,25 @@ def z_image(_folder: Path) -> Any:
     )  # fmt: skip
 
 
+def dit(_folder: Path) -> Any:
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        out_channels=8, num_embeds_ada_norm=3, norm_type="ada_norm_zero",
+    )  # fmt: skip
+    labels = {0: "cube, die", 1: "sphere", 2: "cone"}
+    pipe = diffusers.DiTPipeline(transformer, autoencoder(4, scaling_factor=0.18215), diffusers.DDIMScheduler(), labels)
+    pipe.register_to_config(id2label=labels)
+    return pipe
+
+
+def ddpm(_folder: Path) -> Any:
+    unet = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+
+
 FAMILIES: dict[str, Callable[[Path], Any]] = {
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_2": stable_diffusion_2,
@@ -190,13 +209,15 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
     "qwen_image": qwen_image,
     "z_image": z_image,
 }
+CLASSES: dict[str, Callable[[Path], Any]] = {"dit": dit, "ddpm": ddpm}
+"""Those without text."""
 FLOWS = ("stable_diffusion_3", "flux", "qwen_image", "z_image")
 
 
 def save(folder: Path, family: str) -> Path:
     """The pipeline folder, written by stock diffusers; every weight is random and no answer is zero."""
     torch.manual_seed(0)
-    pipe = FAMILIES[family](folder / "tokenizer")
+    pipe = (FAMILIES | CLASSES)[family](folder / "tokenizer")
     core = getattr(pipe, "unet", None) or pipe.transformer
     with torch.no_grad():
         for parameter in core.parameters():  # some outputs start at zero
@@ -205,4 +226,4 @@ def save(folder: Path, family: str) -> Path:
     return folder
 
 
-__all__ = ["FAMILIES", "FLOWS", "sana", "save"]
+__all__ = ["CLASSES", "FAMILIES", "FLOWS", "sana", "save"]

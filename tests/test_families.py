@@ -14,15 +14,21 @@ from diffusers import FluxPipeline, QwenImagePipeline
 from PIL import Image
 from torch import Tensor
 
+from distill import parallel
 from distill.run import build, train
 from distill.settings import check
+from eval import fid
 from eval.text_to_image import painter
+from models.condition import Condition
 from models.errors import UserError
 from models.seeds import Draws, mix
-from models.teachers import load
+from models.teachers import load, load_class_conditional
+from models.teachers.ddpm import DDPM
+from models.teachers.dit import DiT
 from models.teachers.pipeline import PipelineSpec
+from models.teachers.sana import SanaNetwork, SanaSpec
 from tests import families
-from tests.tiny import environment
+from tests.tiny import environment, save_sana
 
 PROMPT = "a red cube"
 TAPS = {
@@ -71,6 +77,19 @@ def f_distill(family: str) -> dict[str, Any]:
 def consistency(family: str, guidance: float) -> dict[str, Any]:
     ladd = {"weight": 0.1, "taps": TAPS[family], "width": 8}
     return {"kind": "consistency", "warmup_steps": 2, "guidance": [guidance], "ladd": ladd}
+
+
+def class_values(base: Path, teacher: Path, output: str, lora: bool, guidance: float) -> dict[str, Any]:
+    """As :func:`values`, with pictures in folders of three classes, or of one."""
+    folder = base / "classes"
+    for i in range(6):
+        path = folder / ("all" if guidance == 1 else f"class{i % 3}") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * i, 255 - 40 * i, 100)).save(path)
+    taps = ["unet.mid_block"] if guidance == 1 else ["transformer.transformer_blocks.1"]
+    method = {"kind": "f_distill", "critic_turns": 1, "bins": 2, "gan": {"taps": taps, "width": 8}}
+    changed = values(base, teacher, output, method, lora, guidance)
+    return changed | {"data": {"kind": "image_folder", "path": str(folder), "size": 16}}
 
 
 STOCK = """
@@ -125,6 +144,73 @@ def samples(folder: Path, z: Tensor) -> tuple[Tensor, Tensor, PipelineSpec]:
         return x0, (spec.decode(x0) / 2 + 0.5).clamp(0, 1), spec
 
 
+CLASS_STOCK = """
+import json, sys
+import numpy, torch
+from diffusers import DiffusionPipeline
+folder, arguments = json.loads(sys.argv[1])
+pipe = DiffusionPipeline.from_pretrained(folder)
+seeds = [torch.Generator().manual_seed(i) for i in range(3)]
+numpy.save(folder + "/whole.npy", pipe(generator=seeds, num_inference_steps=1, output_type="np", **arguments).images)
+assert not {"models", "distill", "eval"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", families.CLASSES)
+def test_students_of_classes_train_and_stock_diffusers_gives_their_pixels(
+    family: str, lora: bool, tmp_path: Path
+) -> None:
+    teacher = families.save(tmp_path / "teacher", family)
+    assert train(check(class_values(tmp_path, teacher, "run", lora, 2.0 if family == "dit" else 1.0), "test")) == 0
+    folder, classes = tmp_path / "run" / "student", [0, 2, 1] if family == "dit" else [0, 0, 0]
+    before, its = load_class_conditional(teacher)
+    denoiser, spec = load_class_conditional(folder)
+    assert spec.student and not its.student and spec.class_names == its.class_names
+    assert spec.class_names == (["cube", "sphere", "cone"] if family == "dit" else ["all"])
+    z = torch.cat([torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    cond = Condition(class_ids=torch.tensor(classes))
+    with torch.no_grad():
+        x0, untrained = spec.one_step(denoiser)(z, cond), spec.one_step(before)(z, cond)
+        mine = (spec.decode(x0) / 2 + 0.5).clamp(0, 1)
+    assert float((x0 - untrained).abs().max()) > 1e-4
+    if family == "dit":
+        with torch.no_grad():
+            assert float((spec.one_step(denoiser)(z, cond.null()) - x0).abs().max()) > 1e-5
+    arguments = DiT.call(classes) if family == "dit" else DDPM.call(classes)
+    line = [sys.executable, "-c", CLASS_STOCK, json.dumps([str(folder), arguments])]
+    result = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    stock = torch.from_numpy(np.load(folder / "whole.npy")).permute(0, 3, 1, 2)
+    assert float((stock - mine).abs().max()) < 1e-5
+
+
+def test_dit_answers_the_class_it_is_asked_for_in_training_mode(tmp_path: Path) -> None:
+    """Its own dropout of classes would answer a tenth of them unconditionally."""
+    denoiser, spec = load_class_conditional(families.save(tmp_path / "teacher", "dit"))
+    cond, t = Condition(class_ids=torch.arange(64) % 3), torch.full((64,), 500.0)
+    z = Draws(list(range(64))).normal(*spec.shape)
+    with torch.no_grad():
+        expected = denoiser.denoise(z, t, cond)
+        assert torch.equal(denoiser.train().denoise(z, t, cond), expected)
+
+
+def test_students_of_classes_in_latents_are_scored(tmp_path: Path) -> None:
+    """By the command, against its teacher, with a grid and a look for copies: pictures, not latents."""
+    teacher = families.save(tmp_path / "teacher", "dit")
+    assert train(check(class_values(tmp_path, teacher, "run", False, 2.0), "test")) == 0
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 100, 255 - 20 * i)).save(real / f"{i}.png")
+    scored = {"num_images": 12, "teacher_steps": 2, "batch": 5, "device": "cpu"}
+    fid.main(fid.Options(tmp_path / "run", protocol="fd_effnet_lite0_64", reference=real, training=real, **scored))
+    result = json.loads((tmp_path / "run/report/report.json").read_text())
+    names = ["student, 1 step", "teacher, 2 Heun steps", "teacher, 1 step"]
+    assert [row["sampler"] for row in result["scores"]] == names
+    assert all(np.isfinite(row["fd"]) for row in result["scores"]) and result["nearest"]["among"] == 12
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_students_train_and_stock_diffusers_gives_their_pixels(family: str, lora: bool, tmp_path: Path) -> None:
@@ -149,6 +235,61 @@ def test_students_train_and_stock_diffusers_gives_their_pixels(family: str, lora
         with torch.no_grad():
             untrained = own.one_step(before)(z, own.text([PROMPT] * 2))
         assert float((x0 - untrained).abs().max()) > 1e-4  # three steps have moved it
+
+
+SPRINT_STOCK = """
+import json, sys
+from functools import partial
+import numpy, torch
+from diffusers import SanaSprintPipeline
+for folder, times, guidance, arguments in json.load(open(sys.argv[1])):
+    pipe = SanaSprintPipeline.from_pretrained(folder)
+    pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, 1)
+    z = torch.load(folder + "/z.pt", weights_only=True)
+    pictures = pipe(latents=z, output_type="np", num_inference_steps=1, timesteps=[times[0], 0.0], max_timesteps=None,
+                    intermediate_timesteps=None, guidance_scale=guidance, **arguments).images
+    numpy.save(folder + "/whole.npy", pictures)
+assert not {"models", "distill", "eval"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_students_of_sana_train_and_stock_sprint_gives_their_pixels(lora: bool, tmp_path: Path) -> None:
+    """f-distill and sCM + LADD; a student that is told no guidance scale is one that no scale changes."""
+    teacher = save_sana(tmp_path / "teacher")
+    taps = ["transformer.transformer_blocks.0"]
+    f = {"kind": "f_distill", "critic_turns": 1, "bins": 2, "gan": {"taps": taps, "width": 8}}
+    sprint = {"kind": "consistency", "warmup_steps": 2, "guidance": [4.0] if lora else [4.0, 5.0],
+              "ladd": {"weight": 0.1, "taps": taps, "width": 8}}  # fmt: skip
+    jobs, mine = [], []
+    before, _ = load(teacher)
+    for number, method in enumerate((f, sprint)):
+        settings = values(tmp_path, teacher, f"run{number}", method, lora, 2.0 if number == 0 else 1.0)
+        settings["data"]["size"] = 32
+        assert train(check(settings, "test")) == 0
+        folder = tmp_path / f"run{number}" / "student"
+        assert (folder / "pytorch_lora_weights.safetensors").is_file() == lora
+        denoiser, spec = load(folder)
+        assert isinstance(spec, SanaSpec) and spec.times is not None and isinstance(denoiser.network, SanaNetwork)
+        assert denoiser.network.transformer.config["guidance_embeds"] == (number == 1 and not lora)
+        z = Draws([0, 1]).normal(*spec.shape)
+        with torch.no_grad():
+            x0 = spec.one_step(denoiser)(z, spec.text([PROMPT] * 2, spec.guidance))
+            untrained = spec.one_step(before)(z, spec.text([PROMPT] * 2))
+        assert float((x0 - untrained).abs().max()) > 1e-4
+        mine.append((spec.decode(x0) / 2 + 0.5).clamp(0, 1))
+        torch.save(z, folder / "z.pt")
+        _, height, width = spec.picture
+        arguments = {"prompt": [PROMPT] * 2, "height": height, "width": width, "use_resolution_binning": False,
+                     "complex_human_instruction": None, "max_sequence_length": spec.max_length}  # fmt: skip
+        jobs.append((str(folder), spec.times, spec.guidance, arguments))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    line = [sys.executable, "-c", SPRINT_STOCK, str(tmp_path / "jobs.json")]
+    result = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for (folder, *_), pictures in zip(jobs, mine, strict=True):
+        stock = torch.from_numpy(np.load(Path(folder) / "whole.npy")).permute(0, 3, 1, 2)
+        assert float((stock - pictures).abs().max()) < 1e-5
 
 
 def test_lora_teacher_is_the_base_and_each_turn_moves_its_own_matrices(tmp_path: Path) -> None:
@@ -180,10 +321,18 @@ def test_lora_teacher_is_the_base_and_each_turn_moves_its_own_matrices(tmp_path:
         assert not torch.equal(student, critic)
 
 
-def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(tmp_path: Path) -> None:
+def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The student's loss calls teacher and critic behind the student: its blocks must not be recomputed with theirs."""
     teacher = families.save(tmp_path / "teacher", "stable_diffusion_3")
-    gradients = []
+    gradients: list[Tensor] = []
+
+    def keep(parameters: Any, _limit: float) -> Tensor:
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None]))
+        return torch.ones(())
+
+    monkeypatch.setattr(parallel, "clip_grad_norm", keep)
     for checkpointing in (False, True):
         settings = values(tmp_path, teacher, "run", f_distill("stable_diffusion_3"), True, 2.0)
         settings["train"]["gradient_checkpointing"] = checkpointing
@@ -192,15 +341,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(tmp_path:
             generator = torch.Generator().manual_seed(len(name))
             for parameter in trainer.bare[name].parameters():  # as if trained: both adapters far from the teacher
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        norms: list[Tensor] = []
-        trainer.accelerator.clip_grad_norm_ = lambda parameters, limit, kept=norms: (
-            kept.append(  # type: ignore
-                torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None])
-            )
-            or torch.ones(())
-        )
         trainer.turn("student", 0)
-        gradients.append(norms[0])
     assert float(gradients[0].abs().max()) > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 

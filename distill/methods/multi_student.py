@@ -53,6 +53,7 @@ def runs(config: Config, settings: MultiStudent, student: int, classes: list[int
             "critic": stage.critic or config.critic,
             "train": config.train.model_copy(update={"steps": steps, "seed": config.train.seed + student}),
             "evaluation": config.evaluation.model_copy(update={"num_images": 0}),
+            "push_to_hub": None,
         }
         plan.append(config.model_copy(update=changes))
     return plan

@@ -135,5 +135,8 @@ class SceneSpec:
     def to(self, device: torch.device | str) -> "SceneSpec":
         return SceneSpec(self.scene, self.picture, self.teacher.to(device))
 
+    def parts(self) -> list[nn.Module]:
+        return self.teacher.parts()
+
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
         save(folder, self.scene, cast(Generator, network).tensors(), card)

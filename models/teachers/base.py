@@ -1,7 +1,7 @@
 """What the rest of the project knows of a checkpoint beside its denoiser."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -57,33 +57,50 @@ class Spec(Protocol):
         """The same with its frozen networks on ``device``."""
         ...
 
+    def parts(self) -> list[nn.Module]:
+        """Its frozen networks."""
+        ...
+
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None:
         """Write ``network`` as a folder that stock diffusers loads, with ``card`` as its README.md."""
         ...
 
 
+class Texts:
+    """Conditions of known prompts alone, for those whose text encoders are gone. ``get`` has them by their numbers."""
+
+    def __init__(self, prompts: Sequence[str], get: Callable[[list[int]], Condition]):
+        self.number, self.get = {prompt: i for i, prompt in enumerate(prompts)}, get
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """(B,) with their null; ValueError for a prompt that is not among them."""
+        if unknown := [prompt for prompt in prompts if prompt not in self.number]:
+            raise ValueError(f"the text encoders are gone, and no embedding is kept of the prompt '{unknown[0]}'")
+        return self.get([self.number[prompt] for prompt in prompts])
+
+
+def later_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """The second to last of ``steps`` step times; UserError if there are fewer."""
+    if steps > len(times):
+        raise UserError(f"method.student_steps: {steps}, but this student has times for {len(times)}")
+    return times[1:steps]
+
+
 class ClassSpec(ABC):
     """Of a network that is asked for classes; one without a condition is asked for its only class.
 
-    sigma_init:    noise level that a student starts at; None for a teacher
-    sigma_data:    standard deviation of x0 that the network's preconditioning assumes
     student_of_class:  with several students, the number of each class's own; None for one
     class_names:   in the order of their ids
     """
 
+    shape: tuple[int, int, int]
     num_classes: int
     class_names: list[str]
-    sigma_data: float
-    sigma_init: float | None
     student_of_class: list[int] | None = None
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def student(self) -> bool:
-        return self.sigma_init is not None
+    def student(self) -> bool: ...
 
     @property
     @abstractmethod
@@ -111,6 +128,9 @@ class ClassSpec(ABC):
 
     @abstractmethod
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None: ...
+
+    def parts(self) -> list[nn.Module]:
+        return []
 
     @abstractmethod
     def beginning(self, process: Process) -> tuple[float, bool]:
@@ -146,6 +166,7 @@ class TextSpec(ABC):
     control:     (n, 1, H, W) lines of the examples, for a network with a control branch
     guidable:    whether there is an unconditional answer, hence classifier-free guidance
     tellable:    whether a student of it can be told a guidance scale
+    texts:       the prompts that it still knows when its text encoders are gone; None: they are there
     """
 
     shape: tuple[int, int, int]
@@ -155,6 +176,7 @@ class TextSpec(ABC):
     control: Tensor | None = None
     guidable: bool = True
     tellable: bool = False
+    texts: Texts | None = None
 
     @property
     def student(self) -> bool:
@@ -187,6 +209,9 @@ class TextSpec(ABC):
     @abstractmethod
     def save(self, folder: Path, network: nn.Module, card: str, /) -> None: ...
 
+    def parts(self) -> list[nn.Module]:
+        return []
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
@@ -195,6 +220,11 @@ class TextSpec(ABC):
     @abstractmethod
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
         """Conditions (B,) of prompts, with their null; ``guidance`` for networks that are told the scale."""
+
+    @abstractmethod
+    def without_encoders(self, texts: Texts, pictures: bool) -> Self:
+        """The same without its text encoders, which ``texts`` stand in for, and, if ``pictures``, without the
+        autoencoder's encoder: their memory is free once nobody holds this one. ``save`` reads them again."""
 
     @abstractmethod
     def beginning(self, process: Process) -> tuple[float, bool]:
@@ -215,9 +245,7 @@ class TextSpec(ABC):
 
     def later(self, steps: int) -> tuple[float, ...]:
         """Times of a student's second to last of ``steps`` steps; UserError if it has fewer."""
-        if steps > len(self.times or ()):
-            raise UserError(f"method.student_steps: {steps}, but this student has times for {len(self.times or ())}")
-        return (self.times or ())[1:steps]
+        return later_times(self.times or (), steps)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of ``prompt`` that the tokenizer does not know; most spell out every word."""

@@ -108,7 +108,12 @@ def main(options: Options) -> None:
     if options.folder.exists() and not (options.folder / "model_index.json").is_file():
         raise UserError(f"folder: {options.folder} exists and is no converted checkpoint; choose another")
     denoiser, spec = read(options.checkpoint)
-    card = f"""# {options.folder.resolve().name}
+    card = f"""---
+library_name: diffusers
+license: cc-by-nc-sa-4.0
+---
+
+# {options.folder.resolve().name}
 
 {spec.summary}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
 from models.pipelines import class_conditional
 from models.process import EDM, Process
@@ -29,7 +29,7 @@ from models.teachers.edm_networks import DhariwalUNet, SongUNet
 from models.trigflow import TrigFlowView
 
 
-class PatchUNet(nn.Module):
+class PatchUNet(CoreNetwork):
     """A U-Net on ``patch`` x ``patch`` squares folded into channels; conditional on classes.
 
     Convolutions at full resolution are what a CPU pays for: folding makes them 1 / patch^2 as many. The U-Net is a

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from models.adapters import merged, save_lora
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.folders import replace_folder
 from models.parameterization import Prediction
 from models.process import DiscreteVP, Process, RectifiedFlow
-from models.teachers.base import TextSpec
+from models.teachers.base import Texts, TextSpec
+from models.teachers.files import FROM_FILES, opened
 from models.trigflow import TrigFlowView
 
 EXAMPLE = "a photo of a red apple on a wooden table"
@@ -31,11 +32,12 @@ SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
 MOST_STEPS = 4
 """A student's steps are 1 to this many."""
+"""How a pipeline's parts are read."""
 DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
 """Words in the name of a checkpoint that needs no guidance and knows none."""
 
 
-class PipelineNetwork(nn.Module):
+class PipelineNetwork(CoreNetwork):
     """A pipeline's U-Net or transformer as ``network(x, t, cond)`` in the time of the checkpoint's own process.
 
     ``part`` is its name in the pipeline and here, so that blocks are named as in the checkpoint; ``factor`` the pixels
@@ -120,6 +122,11 @@ def process_of(scheduler: dict[str, Any], tokens: int) -> tuple[Process, Predict
     return DiscreteVP(table), kinds[kind]
 
 
+def scheduler_config(pipe: Any) -> dict[str, Any]:
+    """With its class's name."""
+    return dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
+
+
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -185,8 +192,82 @@ class Latents:
         return (pictures.squeeze(2) if self.video else pictures).float().to(latents.device)
 
 
+class Stock:
+    """What checkpoints in stock pipelines have in common, whatever they are asked for.
+
+    ``pipe`` is the pipeline without its network, which is called ``part`` there; ``times`` are a student's, None for a
+    teacher.
+    """
+
+    pipe: Any
+    process: Process
+    shape: tuple[int, int, int]
+    times: tuple[float, ...] | None
+
+    @property
+    @abstractmethod
+    def part(self) -> str: ...
+
+    @property
+    def student(self) -> bool:
+        return self.times is not None
+
+    @property
+    def latents(self) -> Latents | None:
+        """None for a network that makes pixels."""
+        vae = self.pipe.components.get("vae")
+        return None if vae is None else Latents(vae)
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        if (latents := self.latents) is None:
+            return self.shape
+        return 3, latents.factor * self.shape[1], latents.factor * self.shape[2]
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures if (latents := self.latents) is None else latents.encode(pictures)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0 if (latents := self.latents) is None else latents.decode(x0)
+
+    def beginning(self, _process: Process) -> tuple[float, bool]:
+        if self.times is None:
+            raise ValueError("a teacher has no student")
+        return self.times[0], True
+
+    def begun(self, _process: Process, _sigma_init: float) -> Self:
+        """It starts at the process's last time, as stock pipelines do."""
+        return replace(cast(Any, self), times=step_times(self.process))
+
+    def begun_flow(self, _view: TrigFlowView, _guidance: float) -> Self:
+        return replace(cast(Any, self), times=step_times(self.process))
+
+    def parts(self) -> list[nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+
+    def whole(self) -> Any:
+        """The pipeline with all of its parts but the network."""
+        return self.pipe
+
+    def write(self, folder: Path, network: nn.Module, card: str, own: dict[str, Any]) -> None:
+        """A stock pipeline folder with ``own`` in studio.json, and ``pytorch_lora_weights.safetensors`` beside it for a
+        LoRA student."""
+        whole, pipe, before = cast(Any, merged(network)), self.whole(), self.pipe.scheduler
+        scheduler = one_step_scheduler(self.process, before.config) if self.times else before
+        with replace_folder(folder) as temporary:
+            pipe.register_modules(**{self.part: whole.core, "scheduler": scheduler})
+            try:
+                pipe.save_pretrained(temporary, safe_serialization=True)
+            finally:
+                pipe.register_modules(**{self.part: None, "scheduler": before})
+            save_lora(temporary, self.part, network)
+            text = json.dumps(own | {"times": self.times, "shape": self.shape}, indent=2)
+            (temporary / "studio.json").write_text(text + "\n")
+            (temporary / "README.md").write_text(card)
+
+
 @dataclass(frozen=True)
-class PipelineSpec(TextSpec):
+class PipelineSpec(Stock, TextSpec):
     """What a pipeline folder holds beside its network. ``pipe`` is the stock pipeline, without it.
 
     ``tokens`` of a prompt; ``offload`` keeps text encoders and autoencoder on the CPU, which are the slower then, and
@@ -204,17 +285,13 @@ class PipelineSpec(TextSpec):
     examples: tuple[str, ...] = (EXAMPLE,)
     guidable: bool = True
     offload: bool = False
+    texts: Texts | None = None
     place: list[torch.device] = field(default_factory=lambda: [torch.device("cpu")], repr=False)
     _null: list[Condition] = field(default_factory=list, repr=False)
 
     @property
-    def latents(self) -> Latents:
-        return Latents(self.pipe.vae)
-
-    @property
-    def picture(self) -> tuple[int, int, int]:
-        factor = self.latents.factor
-        return 3, factor * self.shape[1], factor * self.shape[2]
+    def part(self) -> str:
+        return self.family.part
 
     @property
     def device(self) -> torch.device:
@@ -237,12 +314,6 @@ class PipelineSpec(TextSpec):
 pipe = {name}.from_pretrained("PATH")
 image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.latents.encode(pictures)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return self.latents.decode(x0)
-
     def preview(self, count: int) -> Condition:
         return self.text([self.examples[i % len(self.examples)] for i in range(count)])
 
@@ -250,79 +321,67 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         self.place[0] = torch.device(device)
         self._null.clear()
         if not self.offload:
-            for part in self.pipe.components.values():
-                if isinstance(part, nn.Module):
-                    part.to(device)
+            for part in self.parts():
+                part.to(device)
         return self
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
-        encoders = self.pipe.vae.device
-        if not self._null and self.family.null_prompt is not None:
-            self._null.append(self.family.null(self.pipe, self.tokens, encoders).to(self.device))
-        cond = self.family.embed(self.pipe, list(prompts), self.tokens, encoders).to(self.device)
-        if self._null:
-            null = self._null[0]
-            cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask, null_pooled=null.pooled)
+        if self.texts is not None:
+            cond = self.texts(prompts).to(self.device)
+        else:
+            encoders = self.pipe.vae.device
+            if not self._null and self.family.null_prompt is not None:
+                self._null.append(self.family.null(self.pipe, self.tokens, encoders).to(self.device))
+            cond = self.family.embed(self.pipe, list(prompts), self.tokens, encoders).to(self.device)
+            if self._null:
+                null = self._null[0]
+                cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask, null_pooled=null.pooled)
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.device)
         return replace(cond, guidance=scale)
 
-    def beginning(self, _process: Process) -> tuple[float, bool]:
-        if self.times is None:
-            raise ValueError("a teacher has no student")
-        return self.times[0], True
+    def without_encoders(self, texts: Texts, pictures: bool) -> "PipelineSpec":
+        """Of all that share this one's ``pipe`` too."""
+        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        self.pipe.register_modules(**dict.fromkeys(names))
+        if pictures:
+            self.pipe.vae.encoder = nn.Identity()  # an autoencoder's own methods look for its parts
+        return replace(self, texts=texts)
 
-    def begun(self, _process: Process, _sigma_init: float) -> "PipelineSpec":
-        """It starts at the process's last time, as stock pipelines do."""
-        return replace(self, times=step_times(self.process))
-
-    def begun_flow(self, _view: TrigFlowView, _guidance: float) -> "PipelineSpec":
-        return replace(self, times=step_times(self.process))
+    def whole(self) -> Any:
+        """The pipeline with all of its parts but the network."""
+        if self.texts is None:
+            return self.pipe
+        kept = {name: part for name, part in self.pipe.components.items() if name == "scheduler"}
+        unsafe = {"safety_checker": None, "requires_safety_checker": False}
+        parts = kept | {self.family.part: None} | (unsafe if "safety_checker" in self.pipe.components else {})
+        return type(self.pipe).from_pretrained(self.source, **parts, **FROM_FILES)
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
-        """A stock pipeline folder, and ``pytorch_lora_weights.safetensors`` beside it for a LoRA student."""
-        whole = merged(network)
-        assert isinstance(whole, PipelineNetwork)
-        config = self.pipe.scheduler.config
-        scheduler = one_step_scheduler(self.process, config) if self.times else self.pipe.scheduler
-        own = {"times": self.times, "guidance": self.guidance, "examples": self.examples, "tokens": self.tokens}
-        with replace_folder(folder) as temporary:
-            before = self.pipe.scheduler
-            self.pipe.register_modules(**{self.family.part: whole.core, "scheduler": scheduler})
-            try:
-                self.pipe.save_pretrained(temporary, safe_serialization=True)
-            finally:
-                self.pipe.register_modules(**{self.family.part: None, "scheduler": before})
-            save_lora(temporary, self.family.part, network)
-            (temporary / "studio.json").write_text(json.dumps(own | {"shape": self.shape}, indent=2) + "\n")
-            (temporary / "README.md").write_text(card)
+        own = {"guidance": self.guidance, "examples": self.examples, "tokens": self.tokens}
+        self.write(folder, network, card, own)
 
 
 def load(
-    folder: Path, pipeline: Any, family: type[PipelineNetwork], size: int | None = None, tokens: int | None = None
+    folder: Path,
+    pipeline: Any,
+    family: type[PipelineNetwork],
+    size: int | None = None,
+    tokens: int | None = None,
+    weights: Path | None = None,
 ) -> tuple[Denoiser, PipelineSpec]:
     """The denoiser and everything else of a folder of the stock class ``pipeline``, in float32 and evaluation mode.
 
     ``size`` is the side of its pictures in pixels, by default the checkpoint's own.
     """
-    unsafe: dict[str, Any] = {}
-    if "safety_checker" in json.loads((folder / "model_index.json").read_text()):
-        unsafe = {"safety_checker": None, "requires_safety_checker": False}
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
-    pipe: Any = pipeline.from_pretrained(folder, **options, **unsafe)
-    studio = folder / "studio.json"
-    own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    pipe, own = opened(folder, pipeline, family.part, weights)
     core, latents = getattr(pipe, family.part), Latents(pipe.vae)
     side = size // latents.factor if size else core.config.get("sample_size") or SIDE // latents.factor
     shape = cast(tuple[int, int, int], tuple(own["shape"]) if own and size is None else (latents.channels, side, side))
     if size and size % (2 * latents.factor):
         raise UserError(f"teacher.size: {size} is not a multiple of {2 * latents.factor} pixels")
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-    config = pipe.scheduler.config
-    distilled = any(word in str(folder.resolve().name).lower() for word in DISTILLED)
-    process, prediction = process_of(dict(config) | {"_class_name": type(pipe.scheduler).__name__}, _tokens(shape))
+    distilled = any(word in (weights or folder).resolve().name.lower() for word in DISTILLED)
+    process, prediction = process_of(scheduler_config(pipe), _tokens(shape))
     network = family(core, latents.factor)
     pipe.register_modules(**{family.part: None})
     spec = PipelineSpec(

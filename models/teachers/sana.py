@@ -29,12 +29,13 @@ from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, Pr
 from models.adapters import merged, save_lora
 from models.condition import Condition
 from models.controlnet import SanaControlBranch
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
-from models.teachers.base import TextSpec
+from models.teachers.base import Texts, TextSpec
+from models.teachers.files import single_file
 from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
@@ -43,7 +44,7 @@ LONGEST = 300
 """Tokens of a prompt that Sana's pipelines read; a tokenizer's own ``model_max_length`` may be shorter."""
 
 
-class SanaNetwork(nn.Module):
+class SanaNetwork(CoreNetwork):
     """A SanaTransformer2DModel as ``network(x, t, cond)`` with t the flow time in [0, 1]; predicts the velocity.
 
     With a ``text_encoder`` (while it is trained too) ``cond.text`` holds token ids (B, L) in the place of embeddings.
@@ -107,6 +108,15 @@ def with_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel
     return grown
 
 
+def without_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """The inverse of :func:`with_guidance` for one whose embedding of the scale was never trained."""
+    plain: Any = SanaTransformer2DModel.from_config(transformer.config, guidance_embeds=False)
+    state = {name.replace("time_embed.", "time_embed.emb."): value for name, value in transformer.state_dict().items()}
+    state |= {name: value for name, value in transformer.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict({name: value for name, value in state.items() if name in plain.state_dict()})
+    return plain
+
+
 LATER_TIMES = (1.3, 1.1, 0.6)
 """Times of a student's second to fourth step at sigma_data 0.5 (SANA-Sprint, Table 7), until eval.timesteps finds its
 own."""
@@ -127,6 +137,7 @@ class SanaSpec(TextSpec):
     examples:      prompts of sample grids
     joint:         prompts become token ids: the network holds the text encoder itself
     control:       (n, 1, H, W) in [-1, 1]: lines of the examples, for a network with a control branch
+    source:        the folder that it was read from; None for a new one
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,6 +152,8 @@ class SanaSpec(TextSpec):
     tellable: bool = True
     joint: bool = False
     control: Tensor | None = None
+    source: Path | None = None
+    texts: Texts | None = None
     _null: list[Condition] = field(default_factory=list, repr=False)
 
     @property
@@ -219,6 +232,9 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
         self._null.clear()
         return self
 
+    def parts(self) -> list[nn.Module]:
+        return [cast(nn.Module, self.vae), *([] if self.joint else [self.text_encoder])]
+
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) of about unit variance."""
         return self.vae.encode(pictures).latent * self.vae.config["scaling_factor"]  # type: ignore[union-attr]
@@ -230,11 +246,20 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
     def text(self, prompts: Sequence[str], guidance: float | None = None) -> Condition:
         """Conditions for prompts, with the empty prompt as their null; on the autoencoder's device."""
-        if not self._null:
-            self._null.append(self._embed([""]))
-        null, cond = self._null[0], self._embed(prompts)
+        if self.texts is not None:
+            cond = self.texts(prompts).to(self.vae.device)
+        else:
+            if not self._null:
+                self._null.append(self._embed([""]))
+            null, cond = self._null[0], self._embed(prompts)
+            cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask)
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.vae.device)
-        return replace(cond, null_text=null.text, null_text_mask=null.text_mask, guidance=scale)
+        return replace(cond, guidance=scale)
+
+    def without_encoders(self, texts: Texts, pictures: bool) -> "SanaSpec":
+        if pictures:
+            cast(nn.Module, self.vae).encoder = nn.Identity()
+        return replace(self, text_encoder=nn.Identity(), texts=texts)
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Condition:
@@ -260,20 +285,24 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
         """Write ``folder`` through a temporary one, as SanaPipeline (teacher) or SanaSprintPipeline (student)."""
         adapted, network = network, merged(network)
         assert isinstance(network, SanaNetwork)
-        text_encoder = network.text_encoder or self.text_encoder
+        text_encoder, vae = network.text_encoder or self.text_encoder, self.vae
+        if self.texts is not None and self.source is not None:
+            text_encoder, vae = _frozen_parts(self.source)
         parts: dict[str, Any] = {
             "tokenizer": self.tokenizer,
             "text_encoder": text_encoder,
-            "vae": self.vae,
+            "vae": vae,
             "transformer": network.transformer,
         }
+        told = network.transformer.config["guidance_embeds"]
         if self.times is None:
             shift = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.flow_shift}
             pipeline: Any = SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**shift))
         else:
             scheduler: Any = SCMScheduler(sigma_data=self.sigma_data)
+            parts["transformer"] = with_guidance(network.transformer)  # SanaSprintPipeline always tells a scale
             pipeline = SanaSprintPipeline(**parts, scheduler=scheduler)
-        studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples}
+        studio = {"times": self.times, "guidance": self.guidance, "examples": self.examples, "told": told}
         with replace_folder(folder) as temporary:
             pipeline.save_pretrained(temporary, safe_serialization=True)
             if network.control is not None and self.control is not None:
@@ -289,16 +318,30 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
             (temporary / "README.md").write_text(card)
 
 
-def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
-    """The denoiser and everything else in ``folder``, in float32 and evaluation mode."""
-    transformer = SanaTransformer2DModel.from_pretrained(
-        folder / "transformer", use_safetensors=True, torch_dtype=torch.float32
-    )
+def _frozen_parts(folder: Path) -> tuple[nn.Module, AutoencoderDC]:
+    """Text encoder and autoencoder."""
     vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
     text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    return text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
+def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]:
+    """The denoiser and everything else in ``folder``, in float32 and evaluation mode.
+
+    ``weights`` is a single file of the transformer, in the place of the folder's.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    transformer = (
+        single_file(weights, folder, "transformer")
+        if weights
+        else SanaTransformer2DModel.from_pretrained(folder / "transformer", **options)
+    )
+    text_encoder, vae = _frozen_parts(folder)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    if not own.get("told", True) and transformer.config["guidance_embeds"]:
+        transformer = without_guidance(transformer)
     side, config = transformer.config["sample_size"], transformer.config
     branch = lines = None
     if (folder / "controlnet").is_dir():
@@ -312,8 +355,8 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
         times = (TrigFlow(sigma_data).t_max, *later)
     spec = SanaSpec(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder.requires_grad_(False).eval(),
-        vae=vae.requires_grad_(False).eval(),
+        text_encoder=text_encoder,
+        vae=vae,
         shape=(config["in_channels"], side, side),
         flow_shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)) or 1.0,
         times=times,
@@ -321,6 +364,7 @@ def load(folder: Path) -> tuple[Denoiser, SanaSpec]:
         guidance=own.get("guidance", 4.5),
         examples=tuple(own.get("examples", (EXAMPLE,))),
         control=lines,
+        source=folder,
     )
     return denoiser(SanaNetwork(transformer, control=branch), spec.flow_shift).eval(), spec
 

@@ -1,0 +1,103 @@
+"""Compute latents and text embeddings once, for training without autoencoder and text encoders.
+
+    python -m distill.precompute --config configs/x.yaml data/latents
+    torchrun --nproc_per_node 8 -m distill.precompute --config configs/x.yaml data/latents
+    accelerate launch distill/train.py --config configs/x.yaml --data '{kind: precomputed, path: data/latents}'
+
+Teacher and data are those of a training configuration; any key of it can be given, as in training. The same command
+again goes on where it was interrupted. The folder holds webdataset shards of safetensors (distill/stored.py).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from distill import stored
+from distill.build import build_stream, load_teacher, read_prompts
+from distill.data import Pictures, ShuffledStream
+from distill.settings import ConditionsOnly, Config, PrecomputedData, check, override, read_values
+from models.errors import UserError, run_command
+from models.teachers.base import ClassSpec, TextSpec
+from models.teachers.pipeline import Latents, Stock
+from models.teachers.sana import SanaSpec
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write what a run asks its autoencoder and text encoders for. Other options are keys of the configuration."""
+
+    output: tyro.conf.Positional[Path]
+    """Folder for the shards."""
+    config: Path
+    """Configuration of a run with a teacher and pictures, or prompts alone."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Numbers on disk. float16 is the finer, bfloat16 has the wider range."""
+    count: int | None = None
+    """Only this many samples, the first ones."""
+    batch: int = 16
+    """Samples encoded at a time."""
+    per_shard: int = 1000
+    """Samples of a shard."""
+
+
+def _source(config: Config) -> tuple[Pictures | Sequence[str], tuple[int, int, int] | None, list[str]]:
+    """What is encoded, shape and class names; UserError if it cannot be counted."""
+    if isinstance(config.data, PrecomputedData):
+        raise UserError("data.kind: precomputed is what this command makes; give pictures or prompts")
+    if isinstance(config.data, ConditionsOnly):
+        if config.data.prompts is None:
+            raise UserError("data.prompts: missing; conditions_only without prompts has nothing to encode")
+        return read_prompts(config.data.prompts), None, []
+    stream, shape, names = build_stream(config, 0, 1)
+    if not isinstance(stream, ShuffledStream):
+        raise UserError("data.streaming: samples are found by their number here: give false")
+    return stream.pictures, shape, names
+
+
+def _scaling(spec: ClassSpec | TextSpec) -> dict[str, Any]:
+    """How the autoencoder's latents became x0 = (latents - shift) * scale."""
+    match spec:
+        case Stock(latents=Latents(mean=mean, scale=scale)):
+            return {"shift": mean.flatten().tolist(), "scale": scale.flatten().tolist()}
+        case SanaSpec():
+            return {"shift": [0.0], "scale": [spec.vae.config["scaling_factor"]]}
+        case _:
+            return {}
+
+
+def main(options: Options, keys: Sequence[str] = ()) -> None:
+    if min(options.batch, options.per_shard, 1 if options.count is None else options.count) < 1:
+        raise UserError("--batch, --per-shard and --count must be at least 1")
+    config = check(override(read_values(options.config), list(keys)), str(options.config))
+    if config.teacher is not None:
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": None})})
+    source, shape, names = _source(config)
+    spec = load_teacher(config, shape, names)[1]
+    assert config.teacher is not None
+    if isinstance(spec, TextSpec) and spec.control is not None:
+        raise UserError(f"teacher.path: {config.teacher.path} follows lines, which are drawn from pictures in training")
+    if isinstance(spec, ClassSpec) and shape is None:
+        raise UserError(f"data.kind: {config.teacher.path} knows classes, of which there is nothing to encode")
+    facts = {
+        "teacher": config.teacher.path,
+        "tokens": config.teacher.tokens,
+        "scaling": _scaling(spec),
+        "dtype": options.dtype,
+        "count": min(len(source), options.count or len(source)),
+        "per_shard": options.per_shard,
+        "batch": options.batch,
+        "data": config.data.model_dump(mode="json"),
+        "classes": config.classes,
+    }
+    state, device = stored.processes()
+    stored.run(stored.Writer(options.output, spec, source, facts, device), state)
+    if state.is_main_process:
+        print(f"{options.output}: {facts['count']} samples of {config.teacher.path} in {options.dtype}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(*tyro.cli(Options, args=sys.argv[1:], return_unknown_args=True)))

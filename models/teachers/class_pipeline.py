@@ -1,0 +1,137 @@
+"""Class-conditional and unconditional checkpoints in diffusers' pipeline folders, whatever the family.
+
+A family (models/teachers/{dit,ddpm}.py) says how its network is called; see models/teachers/pipeline.py for the rest.
+"""
+
+import json
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.condition import Condition
+from models.denoiser import Denoiser
+from models.errors import UserError
+from models.process import Process
+from models.teachers.base import ClassSpec, later_times
+from models.teachers.pipeline import Stock, opened, process_of, scheduler_config
+
+
+class ClassNetwork(nn.Module):
+    """A pipeline's network as ``network(x, t, cond)``, with t the index of its discrete process."""
+
+    part: ClassVar[Literal["unet", "transformer"]]
+
+    def __init__(self, core: nn.Module):
+        super().__init__()
+        self.add_module(self.part, core)
+
+    @property
+    def core(self) -> Any:
+        return self._modules[self.part]
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int: ...
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """``x`` (B, C, H, W), ``t`` (B,), classes from ``cond``; the network's prediction (B, C, H, W)."""
+
+    @staticmethod
+    @abstractmethod
+    def call(labels: list[int]) -> dict[str, Any]:
+        """Arguments with which the stock pipeline makes a picture of each of ``labels``, without guidance."""
+
+
+@dataclass(frozen=True)
+class ClassPipelineSpec(Stock, ClassSpec):
+    """What a pipeline folder holds beside its network; ``pipe`` is the stock pipeline, without it.
+
+    ``offload`` keeps the autoencoder on the CPU.
+    """
+
+    family: type[ClassNetwork]
+    pipe: Any
+    shape: tuple[int, int, int]
+    process: Process
+    num_classes: int
+    class_names: list[str] = field(repr=False)
+    times: tuple[float, ...] | None = None
+    offload: bool = False
+
+    @property
+    def part(self) -> str:
+        return self.family.part
+
+    @property
+    def summary(self) -> str:
+        channels, height, width = self.picture
+        classes = "One class" if self.num_classes == 1 else f"{self.num_classes} classes"
+        latents = "" if self.latents is None else f", in latents of {' x '.join(map(str, self.shape))}"
+        return f"{classes}, {height} x {width}, {channels} channel(s){latents}; {type(self.pipe).__name__}."
+
+    @property
+    def usage(self) -> str:
+        name, values = type(self.pipe).__name__, self.family.call([i % self.num_classes for i in range(3)])
+        values["num_inference_steps"] = 1 if self.student else 50
+        arguments = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        return f"""from diffusers import {name}
+
+pipe = {name}.from_pretrained("PATH")
+images = pipe({arguments}).images"""
+
+    def preview(self, count: int) -> Condition:
+        return Condition(class_ids=torch.arange(count) % min(10, self.num_classes))
+
+    def to(self, device: torch.device | str) -> "ClassPipelineSpec":
+        if (latents := self.latents) is not None and not self.offload:
+            latents.vae.to(device)
+        return self
+
+    def later(self, steps: int) -> tuple[float, ...]:
+        return later_times(self.times or (), steps)
+
+    def save(self, folder: Path, network: nn.Module, card: str) -> None:
+        self.write(folder, network, card, {"class_names": self.class_names})
+
+
+def _names(folder: Path, count: int) -> list[str]:
+    """Of the classes: studio.json's, or id2label's in model_index.json, or their numbers."""
+    if (folder / "studio.json").is_file():
+        return json.loads((folder / "studio.json").read_text())["class_names"]
+    labels = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+    return ["all"] if count == 1 else [labels.get(str(i), str(i)).split(",")[0].strip() for i in range(count)]
+
+
+def load(
+    folder: Path, pipeline: Any, family: type[ClassNetwork], size: int | None = None, weights: Path | None = None
+) -> tuple[Denoiser, ClassPipelineSpec]:
+    """The denoiser and everything else of a folder of the stock class ``pipeline``, in float32 and evaluation mode.
+
+    UserError if ``size`` (pixels) is not the checkpoint's own: such networks know one.
+    """
+    pipe, own = opened(folder, pipeline, family.part, weights)
+    if labels := json.loads((folder / "model_index.json").read_text()).get("id2label"):
+        pipe.register_to_config(id2label=labels)  # which the stock class forgets to save
+    network = family(getattr(pipe, family.part))
+    config = network.core.config
+    sides = config["sample_size"]
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    process, prediction = process_of(scheduler_config(pipe), 0)
+    pipe.register_modules(**{family.part: None})
+    spec = ClassPipelineSpec(
+        family,
+        pipe,
+        cast(tuple[int, int, int], (config["in_channels"], *sides)),
+        process,
+        network.num_classes,
+        _names(folder, network.num_classes),
+        tuple(own["times"]) if own.get("times") else None,
+    )
+    if size is not None and (size, size) != spec.picture[1:]:
+        raise UserError(f"teacher.size: {size}, but {folder} makes pictures of {spec.picture[1]} x {spec.picture[2]}")
+    return Denoiser(network.requires_grad_(True), process, prediction, sigma_data=1.0).eval(), spec

@@ -1,0 +1,72 @@
+"""The memory that a dry run foresees, against what a batch is then measured to take."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.estimate import LiveBytes, estimate, fixed_memory, turn_memory
+from distill.run import build
+from distill.settings import check
+from tests import families, tiny
+from tests.test_families import f_distill, values
+
+
+def trainer(
+    base: Path, family: str, method: dict[str, Any], lora: bool, batch: int, checkpointing: bool = False
+) -> Any:
+    teacher = base / family
+    if not teacher.is_dir():
+        tiny.save_sana(teacher) if family == "sana" else families.save(teacher, family)
+    made = values(base, teacher, "run", method, lora, 1.0)
+    if family == "sana":
+        made["teacher"] = {"path": str(teacher), "guidance": 1.0}
+        made["data"] = {"kind": "solids", "size": 32}
+        made["method"]["gan"]["taps"] = ["transformer.transformer_blocks.0"]
+    made["train"] |= {"batch_size": batch, "gradient_checkpointing": checkpointing}
+    return build(check(made, "test"))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sana"])
+def test_foreseen_memory_is_what_is_measured(family: str, lora: bool, tmp_path: Path) -> None:
+    found = estimate(trainer(tmp_path, family, f_distill(family), lora, 12), repeats=1)
+    assert found["memory_gib"]["total"] == pytest.approx(found["measured_peak_gib"], rel=0.15)
+    assert found["micro_batch"] == 12 and found["largest_micro_batch"] > 12
+    parts = found["memory_gib"]
+    assert parts["frozen"] > 0 and parts["student_turn"] > 0 and parts["critic_turn"] > 0
+
+
+def test_adapters_take_less_than_copies_and_checkpointing_less_than_keeping(tmp_path: Path) -> None:
+    family = "stable_diffusion_3"
+    sizes = {}
+    for lora in (False, True):
+        made = trainer(tmp_path, family, f_distill(family), lora, 2)
+        made.turn("student", 0)
+        made.turn("critic", 1)
+        sizes[lora] = fixed_memory(made)
+    count = sum(p.numel() for p in made.method.teacher.parameters() if not p.requires_grad)
+    assert sizes[False]["student"] > 4 * 4 * count  # weights, two moments and the average, in float32
+    assert sizes[True]["student"] + sizes[True]["critic"] < 0.5 * sizes[False]["student"]
+    turns = {}
+    for checkpointing in (False, True):
+        made = trainer(tmp_path, family, f_distill(family), False, 8, checkpointing)
+        made.turn("student", 0)
+        turns[checkpointing] = turn_memory(made, "critic")
+    assert turns[True] < turns[False]
+
+
+def test_live_bytes_counts_what_is_held() -> None:
+    weights = torch.ones(1000)
+    with LiveBytes() as live:
+        a = weights + 1
+        b = a.view(10, 100)[2:]  # a view holds nothing of its own
+        c = torch.cat([a, a])
+        assert live.now == 4 * 3000 and live.peak == 4 * 3000
+        del a, b
+        assert live.now == 4 * 2000
+        del c
+        assert live.now == 0
+        weights.add_(1)
+        assert live.now == 0 and live.peak == 4 * 3000

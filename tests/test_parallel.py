@@ -1,0 +1,120 @@
+"""Text-to-image runs over two processes: DDP equals one process, FSDP2 too, and its checkpoints resume on one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from distill import checkpoint, parallel
+from distill.run import train
+from distill.settings import check
+from models.errors import UserError
+from models.teachers import load
+from tests import families, tiny
+from tests.test_families import consistency, f_distill, values
+
+FAMILY = "stable_diffusion_3"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def settings(base: Path, output: str, method: dict[str, Any], lora: bool, guidance: float) -> dict[str, Any]:
+    made = values(base, base / "teacher", output, method, lora, guidance)
+    made["student"]["eps"] = 1e-3  # rounding must not decide an update's sign
+    made["train"] |= {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "checkpoints_total_limit": 9}
+    return made
+
+
+WORKER = """
+import sys
+from distill.run import train
+from distill.settings import read_config
+from pathlib import Path
+for path in sys.argv[1:]:
+    assert train(read_config(Path(path))) == 0
+"""
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    """The scalars of metrics.jsonl, a step each; without the spread within a process's share of the batch."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scalars = [{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows]
+    return [{key: value for key, value in row.items() if key != "sample_std"} for row in scalars]
+
+
+SPRINT = consistency(FAMILY, 2.0)
+SPRINT["ladd"]["misaligned_pairs"] = False  # pairs are made within a process's share of the batch
+METHODS = {
+    "f_distill": (f_distill(FAMILY), False, 2.0),
+    "f_distill_lora": (f_distill(FAMILY), True, 2.0),
+    "sprint": (SPRINT, False, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs over two processes: each method for two steps under FSDP2, and the one with LoRA under DDP to its end."""
+    base = tmp_path_factory.mktemp("two")
+    families.save(base / "teacher", FAMILY)
+    runs = {name: settings(base, name, *METHODS[name]) for name in METHODS}
+    for made in runs.values():
+        made["train"] |= {"parallel": "fsdp2", "steps": 2}
+    runs["ddp"] = settings(base, "ddp", *METHODS["f_distill_lora"])
+    for name, made in runs.items():
+        (base / f"{name}.yaml").write_text(yaml.safe_dump(made))
+    (base / "worker.py").write_text(WORKER)
+    line = [*TORCHRUN, str(base / "worker.py"), *(str(base / f"{name}.yaml") for name in runs)]
+    done = subprocess.run(line, cwd=base, env=tiny.environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fsdp2_equals_one_process_and_resumes_on_one(name: str, two: Path) -> None:
+    made = settings(two, f"{name}-one", *METHODS[name])
+    assert train(check(made, "test")) == 0
+    step = two / name / "checkpoints" / "step-2"
+    divided = sorted(path.name for path in (step / "student").iterdir())
+    if name == "f_distill_lora":  # adapters are whole, the network under them is divided
+        assert divided == ["ema.safetensors", "model.safetensors", "optimizer.pt"]
+    else:
+        assert "model-00001-of-00002.safetensors" in divided and "optimizer-00000-of-00002.pt" in divided
+        sizes = [path.stat().st_size for path in (step / "student").glob("ema-*")]  # no buffers in it
+        assert max(sizes) < 0.7 * sum(sizes)
+    load(two / name / "student")  # exported whole
+    assert train(check(settings(two, name, *METHODS[name]), "test")) == 0  # resumes on this process
+    one, other = lines(two / f"{name}-one"), lines(two / name)
+    assert [row["step"] for row in one] == [row["step"] for row in other] == [1, 2, 3, 4]
+    for expected, found in zip(one, other, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_ddp_with_lora_equals_one_process(two: Path) -> None:
+    made = settings(two, "ddp-one", *METHODS["f_distill_lora"])
+    assert train(check(made, "test")) == 0
+    for expected, found in zip(lines(two / "ddp-one"), lines(two / "ddp"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_missing_part_is_named(two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two / "sprint", tmp_path / "run")
+    for step in checkpoint.list_steps(tmp_path / "run" / "checkpoints")[1:]:
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}")
+    made = settings(two, "sprint", *METHODS["sprint"]) | {"output": str(tmp_path / "run")}
+    next((tmp_path / "run" / "checkpoints" / "step-2" / "student").glob("model-00001*")).unlink()
+    with pytest.raises(UserError, match="damaged or of another configuration"):
+        train(check(made, "test"))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_other_launchers_are_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(type(accelerator), "distributed_type", kind)
+    with pytest.raises(UserError, match="fsdp2"):
+        parallel.check_launch(accelerator)
