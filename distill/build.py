@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill import checkpoint, rows
+from distill.build_scene import build_stage
 from distill.consistency_losses import nu_floor
 from distill.data import (
     Captions,
@@ -58,6 +59,7 @@ from distill.settings import (
     PrecomputedData,
     Pretrain,
     SanaSize,
+    SceneDistillation,
     ScoreMatching,
     SiD,
     SiDA,
@@ -180,6 +182,8 @@ def _build_method(
             return _consistency(config, config.method, shape, class_names)
         case MultiStudent():
             raise ValueError("multi_student is a plan of runs, not one run")
+        case SceneDistillation():
+            return build_stage(config, config.method)
         case ScoreMatching():
             return _score_matching(config, config.method, shape, class_names)
         case Pretrain():

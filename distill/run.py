@@ -12,12 +12,13 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 
-from distill import parallel
+from distill import build_scene, parallel
 from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
-from distill.settings import Config, MultiStudent, PrecomputedData, write_config
+from distill.methods.scene_distillation import SceneDistillation as SceneMethod
+from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, write_config
 from distill.trainer import Trainer
 from distill.upload import check_token, upload
 from models.adapters import merged
@@ -105,6 +106,8 @@ def train(config: Config) -> int:
         check_token(config.push_to_hub)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
+    if isinstance(config.method, SceneDistillation) and config.method.stage is None:
+        return train_scene(config, config.method)
     check_same_run(config)
     trainer = build(config)
     main = trainer.accelerator.is_main_process
@@ -160,7 +163,7 @@ def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
 def _finished(run: Config) -> bool:
     """Whether a stage has been trained; UserError if by other settings than are asked for now."""
     check_same_run(run)
-    if not (run.output / "student" / "model_index.json").is_file():
+    if not any((run.output / "student" / name).is_file() for name in ("model_index.json", "scene.json")):
         return False
     steps = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["steps"]
     if steps != run.train.steps:
@@ -203,6 +206,17 @@ def train_students(config: Config, settings: MultiStudent) -> int:
     spec = read_spec(parts[0] / "student")
     assemble(config.output / "student", [part / "student" for part in parts], owner, model_card(config, spec))
     publish(config)
+    return 0
+
+
+def train_scene(config: Config, settings: SceneDistillation) -> int:
+    """Run the stages, finished ones aside, and write the scene's files."""
+    for run in build_scene.runs(config, settings):
+        wanted = settings.only in (None, cast(SceneDistillation, run.method).stage)
+        if wanted and not _finished(run) and (status := train(run)):
+            return status
+    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        build_scene.write_files(config, settings)
     return 0
 
 
@@ -249,6 +263,12 @@ def dry_run(config: Config) -> int:
     from distill.estimate import estimate
 
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if isinstance(config.method, SceneDistillation):
+        first = build_scene.runs(config, config.method)[0]
+        trainer = build(first)
+        build_scene.largest(cast(SceneMethod, trainer.method))
+        print(json.dumps({cast(SceneDistillation, first.method).stage: estimate(trainer)}, indent=2))
+        return 0
     if not isinstance(config.method, MultiStudent):
         print(json.dumps(estimate(build(config)), indent=2))
         return 0

@@ -70,14 +70,21 @@ class DistributionMatching:
     # ------------------------------------------------------------------------------------------------ student turn
 
     def student_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
-        draws, settings = turn.draws, self.settings
+        draws = turn.draws
         cond = self.conditions.sample(draws)
         z = draws.normal(*self.shape)
         u = draws.uniform()
         noise = draws.normal(*self.shape)
         x0, regression = self._student_samples(z, cond, turn)
         self._samples[turn.micro] = (x0.detach(), cond)
+        loss, logs = self.matching(x0, cond, u, noise)
+        if self.pairs is not None:
+            logs["regression"] = regression.detach()
+        return loss + regression, logs
 
+    def matching(self, x0: Tensor, cond: Condition, u: Tensor, noise: Tensor) -> tuple[Tensor, Logs]:
+        """The row's loss for samples ``x0`` (B, C, H, W), noised with ``noise`` to the levels at ``u`` (B,)."""
+        settings = self.settings
         t = settings.noise_levels.times(u, self.process)
         x_t = self.process.add_noise(x0, noise, t)
         teacher_x0, critic_x0, logit = self._judge(x0, x_t, t, cond)
@@ -97,12 +104,10 @@ class DistributionMatching:
         matching = losses.score_surrogate(
             x0, teacher_x0, critic_x0, alpha, sigma, k0, k1, k2, weight=weight, normalizer=normalizer
         ).mean()
-        loss = matching + regression
+        loss = matching
         logs["matching"] = matching.detach()
         logs["teacher_critic_distance"] = self._binned((teacher_x0 - critic_x0).detach().flatten(1).norm(dim=1), u)
         logs["sample_mean"], logs["sample_std"] = x0.detach().mean(), x0.detach().std()
-        if self.pairs is not None:
-            logs["regression"] = regression.detach()
         if self.gan is not None and logit is not None and self.gan.weight > 0:
             adversarial = losses.generator_loss(logit).mean()
             loss = loss + self.gan.weight * adversarial

@@ -63,3 +63,37 @@ def rays(cameras: Sequence[Camera], size: int) -> tuple[Tensor, Tensor]:
     directions = right * (slope * grid) - up * (slope * grid[:, None]) - back
     length = (1 + slope.square() * (grid.square() + grid[:, None].square())).sqrt()
     return matrix[:, :3, 3], directions / length
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """Where cameras are drawn from: uniform in these ranges, angles in degrees; in a share ``sphere`` of the draws the
+    elevation is that of a point uniform on the sphere between the same bounds.
+
+    The range of azimuths is repeated ``sectors`` times around, for what looks alike from several sides.
+    """
+
+    azimuth: tuple[float, float] = (0.0, 360.0)
+    elevation: tuple[float, float] = (15.0, 28.0)
+    radius: tuple[float, float] = (3.9, 4.2)
+    fov: tuple[float, float] = (40.0, 40.0)
+    sphere: float = 0.0
+    sectors: int = 1
+
+    def camera(self, uniforms: Sequence[float]) -> Camera:
+        """The camera of six numbers in [0, 1)."""
+        between = lambda ends, u: ends[0] + (ends[1] - ends[0]) * u
+        azimuth, elevation, radius, fov = (
+            between(ends, u)
+            for ends, u in zip((self.azimuth, self.elevation, self.radius, self.fov), uniforms, strict=False)
+        )
+        azimuth += 360 / self.sectors * int(self.sectors * uniforms[5])
+        if uniforms[4] < self.sphere:
+            heights = [math.sin(math.radians(e)) for e in self.elevation]
+            elevation = math.degrees(math.asin(between(heights, uniforms[1])))
+        return Camera(azimuth, elevation, radius, fov)
+
+    def turntable(self, count: int, start: float = 0.0) -> list[Camera]:
+        """``count`` cameras around, at the middle of the other ranges; the first at azimuth ``start``."""
+        middle = [sum(ends) / 2 for ends in (self.elevation, self.radius, self.fov)]
+        return [Camera(start + 360 * i / count, *middle) for i in range(count)]

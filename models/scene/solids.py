@@ -366,7 +366,8 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     power = towards.square().sum(1) - radius.square()
     rank = ((batch[:, None] == batch) & (power[:, None] < power)).sum(1)[solid]
     pixel = batch[solid] * size**2 + place
-    image = _background(scenes, origins, directions, light, batch, centre, radius).flatten()[:, None].repeat(1, 3)
+    tone = torch.tensor([scene.tone for scene in scenes])
+    image = backdrop(tone, origins, directions, light, batch, centre, radius).flatten()[:, None].repeat(1, 3)
     index, depth = torch.full((len(image),), -1), torch.full((len(image),), math.inf)
     for level in range(int(rank.max()) + 1):
         chosen = (rank == level).nonzero().squeeze(1)
@@ -407,8 +408,8 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors * vectors.square().sum(0).rsqrt()
 
 
-def _background(
-    scenes: Sequence[Scene],
+def backdrop(
+    tone: Tensor,
     origins: Tensor,
     directions: Tensor,
     light: Tensor,
@@ -416,8 +417,12 @@ def _background(
     centre: Tensor,
     radius: Tensor,
 ) -> Tensor:
-    """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1]."""
-    tone = torch.tensor([scene.tone for scene in scenes])[:, None]
+    """Grey wall and floor with the solids' soft shadows, (B, H W) in [0, 1].
+
+    tone, origins, directions, light: (B,), (B, 3), (B, 3, H W) and unit (B, 3), of each picture
+    batch, centre, radius:            (N,), (N, 3), (N,): the picture, centre and radius of each ball that casts one
+    """
+    tone = tone[:, None]
     right, up, back = directions.unbind(1)
     distance = (FLOOR - origins[:, 1:2]) / up.clamp(max=-1e-3)
     x, z = origins[:, 0:1] + distance * right, origins[:, 2:3] + distance * back

@@ -235,7 +235,6 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
     def parts(self) -> list[nn.Module]:
         return [cast(nn.Module, self.vae), *([] if self.joint else [self.text_encoder])]
 
-    @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) of about unit variance."""
         return self.vae.encode(pictures).latent * self.vae.config["scaling_factor"]  # type: ignore[union-attr]

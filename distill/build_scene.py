@@ -1,0 +1,212 @@
+"""From settings to one stage of text to 3D, and from one command to all of them."""
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import PartialState
+
+from distill.data import Batch
+from distill.methods.base import Method
+from distill.methods.scene_distillation import Prompts, SceneDistillation
+from distill.settings import Config, SceneStage
+from distill.settings import SceneDistillation as Settings
+from models.condition import Condition
+from models.denoiser import Denoiser, Guided
+from models.discriminator import feature_channels
+from models.errors import UserError
+from models.scene import saved
+from models.scene.cameras import Orbit, camera_to_world
+from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
+from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.memory import fitting_samples, free_bytes
+from models.scene.particles import Generator
+from models.scene.surface import Geometry, Texture, find_threshold
+from models.seeds import Draws, mix
+from models.student import heun
+from models.teachers import base, load
+from models.teachers.base import TextSpec
+
+
+def slug(prompt: str) -> str:
+    """A short name of a folder for a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "scene"
+
+
+def folder(config: Config) -> Path:
+    """Where a prompt's stages and files lie."""
+    assert isinstance(config.method, Settings)
+    return config.output / slug(config.method.prompt)
+
+
+def runs(config: Config, settings: Settings) -> list[Config]:
+    """One run for each stage, in order; each starts from the one before."""
+    plan: list[Config] = []
+    done, share = 0, 0.0
+    for stage in settings.stages:
+        share += stage.share
+        steps, done = round(share * config.train.steps) - done, round(share * config.train.steps)
+        if steps < 1:
+            raise UserError(f"train.steps: of {config.train.steps} steps none is left for the stage {stage.name}")
+        start = plan[-1].output if plan else None
+        changes = {
+            "output": folder(config) / stage.name,
+            "method": settings.model_copy(update={"stage": stage.name, "start": start, "only": None}),
+            "student": stage.student or config.student,
+            "critic": stage.critic or config.critic,
+            "train": config.train.model_copy(update={"steps": steps}),
+        }
+        plan.append(config.model_copy(update=changes))
+    return plan
+
+
+def scene_of(settings: Settings) -> saved.Scene:
+    """The part of the settings that a scene's folder remembers."""
+    return saved.Scene(
+        prompt=settings.prompt,
+        sentence=settings.template.format(settings.prompt),
+        particles=settings.particles,
+        orbit=Orbit(**settings.cameras.model_dump(exclude={"view_words"})),
+        box=Box(settings.box_centre, settings.box_half),
+        blob=Blob(settings.blob_strength, settings.blob_radius, settings.blob_centre),
+        field=FieldSizes(**settings.field.model_dump()),
+        backdrop=settings.backdrop,
+        samples=settings.stages[0].samples,
+    )
+
+
+def prompts_of(settings: Settings, sentence: str, spec: TextSpec) -> Prompts:
+    """The sentence embedded, plain and with each view's words; UserError for words that the teacher does not know."""
+    if unknown := spec.unknown_words(sentence):
+        raise UserError(f"method.prompt: the teacher does not know the words: {', '.join(unknown)}")
+    words = ("front", "side", "back", "overhead") if settings.cameras.view_words else ()
+    return Prompts(spec.text([sentence]), {word: spec.text([f"{sentence}, {word} view"]) for word in words})
+
+
+def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condition) -> LoRACritic:
+    path = settings.critic.path
+    if path is None:
+        return LoRACritic(teacher, prompt, settings.critic.rank)
+    other, its_spec = load(path)
+    if not isinstance(its_spec, TextSpec) or its_spec.shape != spec.shape:
+        raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
+    return LoRACritic(other.requires_grad_(False), its_spec.text([prompt_text(settings)]), settings.critic.rank)
+
+
+def prompt_text(settings: Settings) -> str:
+    return settings.template.format(settings.prompt)
+
+
+def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
+    """The method of one stage and the spec of what it leaves behind."""
+    from distill.build import build_ratio, build_row, load_teacher
+
+    stage = next(stage for stage in settings.stages if stage.name == settings.stage)
+    denoiser, spec = load_teacher(config)
+    if not isinstance(spec, TextSpec):
+        raise UserError("method.kind: scene_distillation needs a teacher that is asked for prompts")
+    assert config.teacher is not None
+    teacher = denoiser.requires_grad_(False)
+    scene = scene_of(settings)
+    prompts = prompts_of(settings, scene.sentence, spec)
+    critic = _critic(settings, teacher, spec, prompts.plain) if stage.fake == "lora" else None
+    ratio, gan = build_ratio(stage.matching), getattr(stage.matching, "gan", None)
+    if ratio is not None and gan is None:
+        raise UserError("method.stages: a divergence other than reverse_kl needs `gan`, whose discriminator it reads")
+    discriminator = None
+    if gan is not None:
+        channels = feature_channels(teacher, gan.taps, spec.shape, spec.preview(1))
+        discriminator = CameraDiscriminator(channels, gan.width)
+        teacher = CameraFeatures(teacher.network, teacher.process, teacher.prediction, teacher.sigma_data)
+    guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
+    if stage.kind == "volume":
+        scene = replace(scene, samples=_samples(config, stage, scene))
+    generator = _generator(settings, stage, scene)
+    method = SceneDistillation(
+        stage,
+        build_row(stage.matching),
+        guided,
+        generator,
+        critic,
+        prompts,
+        scene.orbit,
+        settings.particles,
+        spec.shape,
+        spec.picture,
+        spec.encode,
+        config.train.steps,
+        settings.critic.camera_dropout,
+        discriminator,
+        ratio,
+        None if discriminator is None else partial(teacher_samples, guided, prompts, scene.orbit, spec.shape),
+    )
+    return method, saved.SceneSpec(scene, spec.picture, spec)
+
+
+def _samples(config: Config, stage: SceneStage, scene: saved.Scene) -> int:
+    """Samples a ray that fit into memory at the stage's largest resolution; says so where that is fewer."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    views = config.train.batch_size // (state.num_processes * config.train.gradient_accumulation_steps)
+    size = max(size for _, size in stage.resolutions)
+    samples = fitting_samples(scene.field, views, size, stage.samples, free_bytes(state.device))
+    if samples < stage.samples and state.is_main_process:
+        print(f"{stage.name}: {samples} samples a ray in the place of {stage.samples}, so that {size} x {size} fits")
+    return samples
+
+
+def largest(method: SceneDistillation) -> None:
+    """Put a new stage to the end of its schedule of resolutions, for an estimate."""
+    sizes = method.stage.resolutions
+    share = max(sizes, key=lambda pair: pair[1])[0]
+    method.progress.steps.fill_(math.ceil(share * method.progress.total))
+
+
+@torch.no_grad()
+def teacher_samples(
+    teacher: Guided, prompts: Prompts, orbit: Orbit, shape: tuple[int, int, int], count: int = 64, steps: int = 18
+) -> Batch:
+    """``count`` of the teacher's own x0, in Heun steps, with the views that they were asked for."""
+    draws = Draws([mix(7, index) for index in range(count)])
+    cameras = [orbit.camera(row) for row in torch.stack([draws.uniform() for _ in range(6)], 1).tolist()]
+    cond = replace(prompts.teacher(cameras), camera=camera_to_world(cameras).flatten(1))
+    z = draws.normal(*shape)
+    device = next(teacher.parameters()).device
+    parts = (slice(first, first + 16) for first in range(0, count, 16))
+    made = torch.cat([heun(teacher, z[p].to(device), cond[p].to(device), steps) for p in parts])
+    return Batch(made, cond.to(device))
+
+
+def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:
+    """The particles at step 0: new fields, or what the stage before left."""
+    if stage.kind == "volume" and settings.start is None:
+        return scene.new()
+    if settings.start is None:
+        raise UserError(f"method.start: the stage {stage.name} needs the run folder of the stage before")
+    before = settings.start / "student"
+    _, tensors = saved.read(before)
+    if stage.kind == "volume":
+        return saved.load_fields(before)[1].train()
+    if stage.kind == "texture":
+        return Texture(*saved.load_meshes(before)[1:], stage.picture)
+    if "mesh.0.vertices" in tensors:
+        raise UserError(f"method.stages: {stage.name} is of kind geometry and starts from a stage of kind volume")
+    _, fields = saved.load_fields(before)
+    threshold = settings.export.threshold
+    levels = [threshold or find_threshold(fields, index, scene.orbit) for index in range(scene.particles)]
+    return Geometry(fields, levels, stage.tetrahedra, stage.picture)
+
+
+def write_files(config: Config, settings: Settings) -> None:
+    """The scene's files, from the last stage that has run."""
+    from models.scene.export import Sizes, export
+
+    done = [run for run in runs(config, settings) if (run.output / "student" / "scene.json").is_file()]
+    last = cast(Settings, done[-1].method)
+    picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
+    output = folder(config) / "student"
+    export(done[-1].output / "student", output, Sizes(**settings.export.model_dump()), picture)
+    print(f"scene: {output}")

@@ -1,0 +1,194 @@
+"""Marching tetrahedra, the rasteriser and the files, against closed forms."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.scene import fit, inside_mesh
+from models.errors import UserError
+from models.scene import export, saved
+from models.scene.cameras import Camera, Orbit
+from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.mesh import Mesh, lattice, marching_tetrahedra, outer_hull, tetrahedra
+from models.scene.raster import rasterise
+from models.scene.solids import unit_sdf
+from models.scene.surface import find_threshold, surface
+
+
+def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
+    places = lattice(cells)
+    return marching_tetrahedra(places, places.norm(dim=1) - radius, tetrahedra(cells))
+
+
+def scene(strength: float = 40.0) -> saved.Scene:
+    return saved.Scene(
+        "a ball", "a ball", 1, Orbit(radius=(4.0, 4.0)), Box(), Blob(strength, 0.5), FieldSizes(side=8), "white", 48
+    )
+
+
+def test_tetrahedra_fill_the_box_with_one_hand():
+    corners = lattice(3)[tetrahedra(3)]
+    volumes = torch.linalg.det(corners[:, 1:] - corners[:, :1]) / 6
+    assert bool((volumes > 0).all())
+    torch.testing.assert_close(volumes.sum(), torch.tensor(8.0))
+
+
+@pytest.mark.parametrize("shape", ["sphere", "cube", "torus", "pyramid"])
+def test_surfaces_are_watertight_and_look_outwards(shape: str):
+    places = lattice(20)
+    mesh = marching_tetrahedra(places, unit_sdf(shape, places / 0.83), tetrahedra(20))
+    sides = torch.cat([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    forwards = {tuple(side) for side in sides.tolist()}
+    assert len(forwards) == len(sides)  # no side twice in one direction
+    assert all((b, a) in forwards for a, b in forwards)  # each once in the other
+    euler = len(mesh.vertices) - len(sides) // 2 + len(mesh.faces)
+    assert euler == (0 if shape == "torus" else 2)
+    centres = mesh.vertices[mesh.faces].mean(1)
+    step = 0.02 * mesh.face_normals()
+    outward = unit_sdf(shape, (centres + step) / 0.83) > unit_sdf(shape, (centres - step) / 0.83)
+    assert float(outward.float().mean()) > 0.99
+    points = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inside = (unit_sdf(shape, points / 0.83) < 0).float().mean() * 8
+    assert abs(float(mesh.volume() / inside) - 1) < 0.08
+
+
+def test_the_surface_moves_as_its_distances_do():
+    """A ball's volume grows by its area times the radius' growth."""
+    places, cells = lattice(24), tetrahedra(24)
+    radius = torch.tensor(0.6, requires_grad=True)
+    volume = marching_tetrahedra(places, places.norm(dim=1) - radius, cells).volume()
+    volume.backward()
+    assert radius.grad is not None
+    torch.testing.assert_close(volume, torch.tensor(4 / 3 * math.pi * 0.6**3), rtol=0.02, atol=0)
+    torch.testing.assert_close(radius.grad, torch.tensor(4 * math.pi * 0.6**2), rtol=0.03, atol=0)
+
+
+def test_hollows_are_filled_and_open_rooms_are_not():
+    places = lattice(20).view(21, 21, 21, 3)
+    distance = places.norm(dim=3)
+    shell = (distance < 0.8) & (distance > 0.5)
+    assert torch.equal(outer_hull(shell), distance < 0.8)
+    cup = shell & ~((places[..., 1] > 0) & (places[..., 0].abs() < 0.4) & (places[..., 2].abs() < 0.4))
+    assert not bool(outer_hull(cup)[10, 10, 10])
+
+
+def test_coverage_is_that_of_a_disc():
+    size, camera = 64, Camera(30, 20, 4)
+    raster = rasterise(ball(32), ball(32).vertex_normals(), camera, size)
+    tangent = math.tan(math.asin(0.6 / 4)) / camera.slope * size / 2
+    torch.testing.assert_close(raster.coverage.sum(), torch.tensor(math.pi * tangent**2), rtol=0.01, atol=0)
+
+
+def test_outline_gradient_agrees_with_finite_differences():
+    """Of the covered area by the size and the place of a cube."""
+    places = lattice(8)
+    mesh = marching_tetrahedra(places, places.abs().amax(1) - 0.55, tetrahedra(8))
+    camera = Camera(10, 15, 4)
+
+    def area(values: torch.Tensor) -> torch.Tensor:
+        moved = Mesh(mesh.vertices * values[0] + values[1:], mesh.faces)
+        coverage = rasterise(moved, moved.vertices, camera, 48).coverage[0]
+        weights = torch.linspace(0, 1, 48)  # a weight by column, so that a shift counts too
+        return (coverage * weights).sum()
+
+    values = torch.tensor([1.0, 0.05, -0.02, 0.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(area(values), values)
+    step = 0.02
+    for index in range(4):
+        offset = torch.zeros(4)
+        offset[index] = step
+        difference = (area(values.detach() + offset) - area(values.detach() - offset)) / (2 * step)
+        assert abs(float(slope[index] - difference)) < 0.04 * float(slope.abs().max()), index
+
+
+def test_attributes_are_interpolated_in_space_not_on_the_screen():
+    """A square seen at a slant: the place at each pixel lies on the ray through it."""
+    vertices = torch.tensor([[-1.0, -0.3, -1.0], [1.0, -0.3, -1.0], [1.0, -0.3, 1.0], [-1.0, -0.3, 1.0]])
+    mesh, camera = Mesh(vertices, torch.tensor([[0, 2, 1], [0, 3, 2]])), Camera(25, 30, 4)
+    raster = rasterise(mesh, vertices, camera, 32, smooth=False)
+    from models.scene.cameras import rays
+
+    origins, directions = rays([camera], 32)
+    seen = raster.faces >= 0
+    towards = raster.attributes[:, seen] - origins[0][:, None]
+    cosine = (towards / towards.norm(dim=0) * directions[0][:, seen]).sum(0)
+    assert int(seen.sum()) > 100 and float(cosine.min()) > 1 - 1e-5
+
+
+def test_the_nearest_face_is_seen():
+    near, far = ball(12), ball(12)
+    both = Mesh(
+        torch.cat([near.vertices * 0.3 + torch.tensor([0.0, 0.0, 1.5]), far.vertices]),
+        torch.cat([near.faces, far.faces + len(near.vertices)]),
+    )
+    raster = rasterise(both, both.vertices, Camera(0, 0, 4), 32)
+    assert int(raster.faces[16, 16]) < len(near.faces) and float(raster.attributes[2, 16, 16]) > 1.2
+
+
+def test_threshold_and_surface_fit_the_rendered_blob():
+    torch.manual_seed(0)
+    fields = scene().new()
+    level = find_threshold(fields, 0, scene().orbit, cells=24, views=3, size=32)
+    mesh = surface(fields.particle(0), 32, level)
+    assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) < 0.6
+
+
+def test_an_empty_field_says_what_to_change():
+    fields = scene(strength=-40.0).new()
+    with torch.no_grad():
+        for parameter in fields.parameters():
+            parameter.zero_()
+        fields.particle(0).blob = Blob(-200.0, 100.0)  # type: ignore[misc]
+    with pytest.raises(UserError, match=r"no surface.*threshold.*train"):
+        find_threshold(fields, 0, scene().orbit, cells=12, views=2, size=16)
+    with pytest.raises(UserError, match=r"no surface at density 3"):
+        surface(fields.particle(0), 12, 3.0)
+
+
+def test_files_reload_with_texture_and_video(tmp_path: Path):
+    trimesh, imageio = pytest.importorskip("trimesh"), pytest.importorskip("imageio")
+    pytest.importorskip("xatlas")
+    torch.manual_seed(0)
+    fields = scene().new()
+    saved.save(tmp_path / "scene", scene(), fields.tensors(), "card")
+    sizes = export.Sizes(faces=800, texture=64, frames=4, size=32)
+    names = {path.name for path in export.export(tmp_path / "scene", tmp_path / "files", sizes)}
+    assert {"model.glb", "model.obj", "model.ply", "turntable.mp4", "sheet.png"} <= names
+    whole = trimesh.load(tmp_path / "files/model.glb")
+    (part,) = whole.geometry.values()
+    assert part.is_watertight or abs(part.volume) > 0.2
+    assert part.visual.material.baseColorTexture.size == (64, 64) and len(part.faces) <= 800
+    # What the texture says at a vertex is the field's colour there.
+    pixels = np.asarray(part.visual.material.baseColorTexture.convert("RGB")).astype(float) / 255
+    uv = np.asarray(part.visual.uv)
+    rows = np.clip(((1 - uv[:, 1]) * 64).astype(int), 0, 63), np.clip((uv[:, 0] * 64).astype(int), 0, 63)
+    with torch.no_grad():
+        truth = fields.particle(0)(torch.tensor(np.asarray(part.vertices), dtype=torch.float32))[1].numpy()
+    assert np.abs(pixels[rows] - truth).mean() < 0.05
+    assert len(imageio.mimread(tmp_path / "files/turntable.mp4")) == 4
+    assert trimesh.load(tmp_path / "files/model.ply").visual.kind == "vertex"
+
+
+def test_a_folder_without_a_scene_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no scene"):
+        saved.read(tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["cube", "cone", "torus"])
+def test_a_solid_is_found_again(shape: str):
+    """Points inside a mesh, and the solid that fits them, are those that it was made from."""
+    from models.scene.solids import Solid
+
+    solid = Solid(shape, "red", (0.1, -0.2, 0.05), 0.7, yaw=25.0, tilt=50.0 if shape == "torus" else 0.0)
+    box, cells = Box(), 28
+    places = lattice(cells)
+    distance = solid.sdf(places)
+    mesh = marching_tetrahedra(places, distance, tetrahedra(cells))
+    inside = inside_mesh(mesh, box, cells)
+    assert float((inside != (distance < 0)).float().mean()) < 2e-3
+    values, overlap = fit(shape, places, inside)
+    assert overlap > 0.93
+    torch.testing.assert_close(values[:4], torch.tensor([0.7, 0.1, -0.2, 0.05]), atol=0.03, rtol=0)

@@ -1,0 +1,194 @@
+"""Text to 3D from the command line: all stages, killed and resumed, from folders of diffusers, and mistakes."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from distill import build_scene
+from distill.settings import Config, parse
+from distill.settings import SceneDistillation as Settings
+from models.errors import UserError
+from tests import families
+from tests.tiny import ROOT, command, environment, save_sana, train
+
+STAGES: list[dict[str, Any]] = [
+    {"name": "volume", "kind": "volume", "share": 0.5, "samples": 8, "resolutions": [[0.0, 8], [0.5, 16]]},
+    {"name": "geometry", "kind": "geometry", "share": 0.25, "fake": "noise", "picture": "normals", "tetrahedra": 8},
+    {"name": "texture", "kind": "texture", "share": 0.25, "picture": "shaded"},
+]
+
+
+def values(base: Path, teacher: Path, output: str, **method: Any) -> dict[str, Any]:
+    """A short run of three stages."""
+    stages = [
+        stage | {"matching": {"kind": "diff_instruct", "noise_levels": {"kind": "grid"}, "critic_turns": 1}}
+        for stage in STAGES
+    ]
+    whole = {
+        "kind": "scene_distillation",
+        "prompt": "a red cube",
+        "field": {"side": 8, "channels": 4, "width": 8},
+        "blob_strength": 40.0,
+        "cameras": {"elevation": [0, 20], "radius": [3.5, 4.5]},
+        "stages": stages,
+        "export": {"faces": 200, "texture": 64, "frames": 2, "size": 32},
+    }
+    return {
+        "output": str(base / output),
+        "data": {"kind": "conditions_only"},
+        "teacher": {"path": str(teacher), "guidance": 2.0},
+        "method": whole | method,
+        "student": {"lr": 1e-3, "beta1": 0.9, "eps": 1e-6},
+        "critic": {"lr": 1e-3},
+        "train": {
+            "steps": 16,
+            "batch_size": 2,
+            "cpu_threads": 1,
+            "log_every": 2,
+            "sample_every": 100,
+            "checkpoint_every": 2,
+            "ema_decay": 0.5,
+        },
+    }
+
+
+def write(base: Path, teacher: Path, output: str, **method: Any) -> Path:
+    path = base / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(values(base, teacher, output, **method)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    save_sana(folder / "teacher")
+    done = train("--config", write(folder, folder / "teacher", "whole"), "--prompt", "a red cube")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """The last checkpoint's networks."""
+    last = max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = {}
+    for path in sorted(last.glob("*/*.safetensors")):
+        found |= {f"{path.parent.name}/{path.stem}/{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def test_one_command_makes_all_files(base: Path):
+    scene = base / "whole/a-red-cube"
+    names = {path.name for path in (scene / "student").rglob("*") if path.is_file()}
+    assert {"model.glb", "model.obj", "model.ply", "turntable.mp4", "sheet.png"} <= names
+    for stage, steps in (("volume", 8), ("geometry", 4), ("texture", 4)):
+        lines = [json.loads(line) for line in (scene / stage / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == steps and lines[-1]["skipped_steps"] == 0
+        assert ("critic_loss" in lines[-1]) == (stage != "geometry")
+    before = tensors(scene / "volume")
+    assert int(before["student/model/occupancy.0.updates"]) == 0
+    assert sum(".adapter." in key for key in before) == 32
+
+
+def test_killed_and_resumed_it_ends_the_same(base: Path):
+    """SIGKILL in the middle of the first stage; the same command goes on, bit for bit, to the same files."""
+    config, run = write(base, base / "teacher", "killed"), base / "killed/a-red-cube"
+    process = subprocess.Popen(command("--config", config), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + 200
+    while not (run / "volume/checkpoints/step-2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "volume/student").exists(), "the stage ended before it could be killed"
+    again = train("--config", config)
+    assert again.returncode == 0, again.stderr
+    for stage in ("volume", "geometry", "texture"):
+        first, second = tensors(run / stage), tensors(base / "whole/a-red-cube" / stage)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), stage
+        name = "metrics.jsonl"
+        assert (run / stage / name).read_text() == (base / "whole/a-red-cube" / stage / name).read_text()
+    model = "student/model.glb"
+    assert (run / model).read_bytes() == (base / "whole/a-red-cube" / model).read_bytes()
+
+
+def test_the_same_path_from_a_stable_diffusion_folder(base: Path, tmp_path: Path):
+    """Another class of network and autoencoder: noise prediction in a discrete process, through the VAE's encoder."""
+    teacher = families.save(tmp_path / "sd", "stable_diffusion")
+    done = train("--config", write(tmp_path, teacher, "run"), "--method.only", "volume")
+    assert done.returncode == 0, done.stderr
+    scene = tmp_path / "run/a-red-cube"
+    assert (scene / "student/model.glb").is_file()
+    moved = tensors(scene / "volume")
+    ups = [value for key, value in moved.items() if "lora_B" in key]
+    assert ups and all(bool(value.abs().sum() > 0) for value in ups)
+
+
+@pytest.mark.parametrize("kind", ["f_distill", "sim", "uni_instruct"])
+def test_other_rows_of_the_table_make_scenes_too(base: Path, kind: str):
+    """The discriminator's reals are the teacher's samples; it and the critic are trained."""
+    matching: dict[str, Any] = {"kind": kind, "noise_levels": {"kind": "grid"}, "critic_turns": 1}
+    if kind != "sim":
+        matching["gan"] = {"taps": ["transformer.transformer_blocks.1"], "width": 8, "weight": 0.0}
+    config = Config.model_validate(values(base, base / "teacher", kind))
+    assert isinstance(config.method, Settings)
+    stage = config.method.stages[0].model_copy(update={"share": 1.0})
+    stage = type(stage).model_validate(stage.model_dump() | {"matching": matching})
+    method = config.method.model_copy(update={"stages": [stage], "stage": "volume"})
+    config = config.model_copy(update={"method": method, "output": base / kind})
+    from distill.run import build
+
+    trainer = build(config)
+    trainer.config.output.mkdir()
+    before = {key: value.clone() for key, value in trainer.bare["student"].state_dict().items()}
+    trainer.run_step()
+    after = trainer.bare["student"].state_dict()
+    assert any(not torch.equal(value, after[key]) for key, value in before.items())
+    assert ("discriminator" in trainer.bare) == (kind != "sim") and int(trainer.bad_steps[2]) == 0
+
+
+def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
+    path = write(base, base / "teacher", "named")
+    config, _ = parse(["--config", str(path), "--prompt", "A very, very  Blue Torus!"])
+    assert isinstance(config.method, Settings) and config.method.prompt == "A very, very  Blue Torus!"
+    assert build_scene.folder(config).name == "a-very-very-blue-torus"
+    assert len(build_scene.slug("x" * 500)) <= 48
+    plan = build_scene.runs(config, config.method)
+    assert [run.train.steps for run in plan] == [8, 4, 4]
+    assert [run.output.name for run in plan] == ["volume", "geometry", "texture"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": STAGES[1:]}, "first stage is of kind volume"),
+        ({"only": "mesh"}, "there is no stage mesh"),
+        ({"template": "a photo"}, "write {} once"),
+        ({"cameras": {"elevation": [20, 10]}}, "elevation: 20 to 10 is no range"),
+        (
+            {"stages": [STAGES[0] | {"share": 1.0, "fake": "exact", "matching": {"kind": "sid"}}]},
+            "a trained critic",
+        ),
+        ({"stages": [STAGES[0]]}, "do not make 1"),
+    ],
+)
+def test_settings_that_contradict_are_named(base: Path, change: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        parse(["--config", str(write(base, base / "teacher", "wrong", **change))])
+
+
+def test_unknown_words_are_named(base: Path):
+    done = train("--config", write(base, base / "teacher", "words"), "--prompt", "a crimson cube")
+    assert done.returncode == 2 and "crimson" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_later_stage_alone_says_what_is_missing(base: Path):
+    done = train("--config", write(base, base / "teacher", "alone"), "--method.only", "geometry")
+    assert done.returncode == 2 and "holds no scene" in done.stderr
