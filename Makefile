@@ -23,7 +23,7 @@ screenshots: $(VENV)/.installed-dev browser
 	$(BIN)/python -m app.screenshots
 
 test: $(VENV)/.installed-dev data lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

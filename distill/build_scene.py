@@ -152,7 +152,7 @@ def _samples(config: Config, stage: SceneStage, scene: saved.Scene) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     views = config.train.batch_size // (state.num_processes * config.train.gradient_accumulation_steps)
     size = max(size for _, size in stage.resolutions)
-    samples = fitting_samples(scene.field, views, size, stage.samples, free_bytes(state.device))
+    samples = fitting_samples(scene.field, views, size, stage.samples, free_bytes(torch.device(state.device or "cpu")))
     if samples < stage.samples and state.is_main_process:
         print(f"{stage.name}: {samples} samples a ray in the place of {stage.samples}, so that {size} x {size} fits")
     return samples
@@ -203,10 +203,11 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Gen
 def write_files(config: Config, settings: Settings) -> None:
     """The scene's files, from the last stage that has run."""
     from models.scene.export import Sizes, export
+    from models.scene.surface import Picture
 
     done = [run for run in runs(config, settings) if (run.output / "student" / "scene.json").is_file()]
     last = cast(Settings, done[-1].method)
-    picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
+    picture: Picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
     output = folder(config) / "student"
     export(done[-1].output / "student", output, Sizes(**settings.export.model_dump()), picture)
     print(f"scene: {output}")

@@ -129,7 +129,7 @@ class Exported:
             raise UserError("reading meshes needs trimesh: pip install -e '.[scene]'") from error
         if not path.is_file():
             raise UserError(f"{path.parent.parent} has no {path.relative_to(path.parent.parent)}: run it to its end")
-        (part,) = trimesh.load(path).geometry.values()
+        (part,) = trimesh.load_scene(path).geometry.values()
         picture = np.asarray(part.visual.material.baseColorTexture.convert("RGB"), dtype=np.float32) / 255
         mesh = Mesh(torch.tensor(np.asarray(part.vertices), dtype=torch.float32), torch.tensor(np.asarray(part.faces)))
         uv = torch.tensor(np.asarray(part.visual.uv), dtype=torch.float32)

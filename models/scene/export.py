@@ -48,7 +48,7 @@ def tidy(mesh: Mesh, faces: int) -> Mesh:
     if len(part.faces) > faces:
         import fast_simplification
 
-        places, triangles = fast_simplification.simplify(
+        places, triangles, *_ = fast_simplification.simplify(
             part.vertices.astype(np.float32), part.faces.astype(np.int32), target_count=faces
         )
         part = trimesh.Trimesh(places, triangles, process=True)
