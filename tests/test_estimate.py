@@ -1,5 +1,6 @@
 """The memory that a dry run foresees, against what a batch is then measured to take."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from distill.estimate import LiveBytes, estimate, fixed_memory, turn_memory
+from distill.optimizers import new_optimizer
 from distill.run import build
-from distill.settings import check
+from distill.settings import Optimizer, check
+from models.errors import UserError
 from tests import families, tiny
 from tests.test_families import f_distill, values
 
@@ -70,3 +73,10 @@ def test_live_bytes_counts_what_is_held() -> None:
         assert live.now == 0
         weights.add_(1)
         assert live.now == 0 and live.peak == 4 * 3000
+
+
+def test_eight_bits_without_the_library_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        new_optimizer(torch.nn.Linear(2, 2), Optimizer(lr=1e-3, eight_bit=True))
