@@ -233,7 +233,7 @@ def main(options: Options) -> None:
         student, critic = found["seconds_per_student_turn"], found["seconds_per_critic_turn"]
         numbers = f"{batch:>6}{student:>11.3f}{critic:>10.3f}{student / critic if critic else 0:>8.2f}"
         peak = found["measured_peak_gib"] or 0.0
-        print(f"{numbers}{batch / student:>12.1f}{peak:>10.2f}  {found['device']}", flush=True)
+        print(f"{numbers}{batch / student:>12.1f}{peak:>10.4f}  {found['device']}", flush=True)
 
 
 if __name__ == "__main__":
