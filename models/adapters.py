@@ -30,13 +30,12 @@ def _layers(network: nn.Module) -> dict[str, LoraLayer]:
 
 
 @contextmanager
-def switched(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """``network`` with one of its adapters, or none; requires_grad of no parameter is touched.
+def switched(layers: Sequence[LoraLayer], adapter: str | None) -> Iterator[None]:
+    """A network's adapted ``layers`` with one of their adapters, or none; requires_grad of no parameter is touched.
 
     peft's own switches set requires_grad, and so stop the training of whatever is switched off before the backward
     pass.
     """
-    layers = list(_layers(network).values())
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = adapter or "", adapter is None
@@ -45,12 +44,6 @@ def switched(network: nn.Module, adapter: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-def active(network: nn.Module) -> str | None:
-    """The adapter that is on."""
-    layer = next(iter(_layers(network).values()), None)
-    return None if layer is None or layer._disable_adapters else cast(str, layer._active_adapter)
 
 
 class Adapted(CoreNetwork):
@@ -71,6 +64,7 @@ class Adapted(CoreNetwork):
         except ValueError as error:
             raise UserError(f"lora.targets: {list(targets)} name no layer of this network") from error
         layers = _layers(network)
+        self._layers: list[LoraLayer] = []
         for layer in layers.values():
             layer._disable_adapters = True
         matrices = {
@@ -91,7 +85,9 @@ class Adapted(CoreNetwork):
         return self.network.core
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        with switched(self.network, self.name):
+        if not self._layers:  # by now all adapters are there
+            self._layers = list(_layers(self.network).values())
+        with switched(self._layers, self.name):
             return self.network(x, t, cond)
 
 
@@ -108,7 +104,8 @@ def merged(network: nn.Module) -> nn.Module:
     """
     bare: Any = network.network if isinstance(network, Adapted) else network
     core = bare.core
-    if bare is network and not any(isinstance(parameter, DTensor) for parameter in core.parameters()):
+    sharded = any(isinstance(parameter, DTensor) for parameter in core.parameters())
+    if bare is network and not sharded:
         return network
     state: dict[str, Tensor] = {}
     for name, value in [*core.named_parameters(), *core.named_buffers()]:
@@ -119,7 +116,6 @@ def merged(network: nn.Module) -> nn.Module:
         for name, layer in _layers(core).items():
             delta = layer.get_delta_weight(network.name).detach().cpu()  # type: ignore[operator]
             state[f"{name}.weight"] = state[f"{name}.weight"] + delta
-    sharded = any(isinstance(parameter, DTensor) for parameter in core.parameters())
     kind: Any = type(core).__mro__[2] if sharded else type(core)  # behind the class that fully_shard makes
     fresh = kind.from_config(core.config)
     fresh.load_state_dict(state, strict=False)
@@ -147,11 +143,13 @@ def save_lora(folder: Path, part: str, network: nn.Module) -> None:
 def checkpointed(network: Any) -> None:
     """Blocks recompute their activations in the backward pass, with the adapter that was on in the forward pass."""
 
+    layers = list(_layers(network).values())
+
     def contexts(adapter: str | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), switched(network, adapter)
+        return nullcontext(), switched(layers, adapter)
 
     def run(block: Any, *inputs: Any) -> Any:
-        adapter = active(network)
+        adapter = None if layers[0]._disable_adapters else cast(str, layers[0]._active_adapter)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts(adapter))
 
     network.core.enable_gradient_checkpointing(run)

@@ -32,7 +32,6 @@ SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
 MOST_STEPS = 4
 """A student's steps are 1 to this many."""
-"""How a pipeline's parts are read."""
 DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
 """Words in the name of a checkpoint that needs no guidance and knows none."""
 
@@ -51,8 +50,6 @@ class PipelineNetwork(CoreNetwork):
     """What an unconditional answer is asked for; None: the network knows none."""
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}
     """Arguments with which the stock pipeline calls it once, without guidance."""
-    step_list: ClassVar[str] = "sigmas"
-    """Name of the stock pipeline's argument for a list of step times."""
 
     def __init__(self, core: nn.Module, factor: int, guidance: float = 3.5):
         super().__init__()

@@ -14,7 +14,6 @@ class PixArt(PipelineNetwork):
 
     length = 300
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
-    step_list = "timesteps"
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}

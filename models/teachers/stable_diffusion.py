@@ -13,7 +13,6 @@ class StableDiffusion(PipelineNetwork):
     """arXiv 2112.10752."""
 
     part: ClassVar[Literal["unet", "transformer"]] = "unet"
-    step_list = "timesteps"
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.core(x, t, encoder_hidden_states=self.text(cond).to(x.dtype), return_dict=False)[0]
@@ -28,7 +27,6 @@ class StableDiffusionXL(PipelineNetwork):
     """arXiv 2307.01952; the picture's size is its size condition, uncropped."""
 
     part: ClassVar[Literal["unet", "transformer"]] = "unet"
-    step_list = "timesteps"
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.pooled is None:
