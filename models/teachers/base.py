@@ -86,17 +86,13 @@ def later_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
     return times[1:steps]
 
 
-class ClassSpec(ABC):
-    """Of a network that is asked for classes; one without a condition is asked for its only class.
+class NetworkSpec(ABC):
+    """What :class:`Spec` says, and how a student of such a network begins.
 
-    student_of_class:  with several students, the number of each class's own; None for one
-    class_names:   in the order of their ids
+    shape:  (C, H, W) of x0
     """
 
     shape: tuple[int, int, int]
-    num_classes: int
-    class_names: list[str]
-    student_of_class: list[int] | None = None
 
     @property
     @abstractmethod
@@ -137,7 +133,7 @@ class ClassSpec(ABC):
         """A student's time of its first step, and whether it sees unit noise there; ValueError for a teacher."""
 
     def one_step(self, denoiser: Denoiser) -> OneStepStudent:
-        """The student whose network is in ``denoiser``."""
+        """The student whose network is in ``denoiser``, in the process that its step times are of."""
         time, unit = self.beginning(denoiser.process)
         return OneStepStudent(denoiser, time, unit_noise=unit)
 
@@ -147,7 +143,19 @@ class ClassSpec(ABC):
 
     @abstractmethod
     def begun_flow(self, view: TrigFlowView, guidance: float) -> Self:
-        """That of a student which was trained as ``view``."""
+        """That of a student which was trained as ``view``, asked for ``guidance`` unless told otherwise."""
+
+
+class ClassSpec(NetworkSpec):
+    """Of a network that is asked for classes; one without a condition is asked for its only class.
+
+    student_of_class:  with several students, the number of each class's own; None for one
+    class_names:   in the order of their ids
+    """
+
+    num_classes: int
+    class_names: list[str]
+    student_of_class: list[int] | None = None
 
     def later(self, steps: int) -> tuple[float, ...]:
         """Times of a student's second to last of ``steps`` steps; UserError where it makes one alone."""
@@ -156,7 +164,7 @@ class ClassSpec(ABC):
         return ()
 
 
-class TextSpec(ABC):
+class TextSpec(NetworkSpec):
     """Of a network that is asked for prompts.
 
     shape:       (C, H, W) of the latents
@@ -169,7 +177,6 @@ class TextSpec(ABC):
     texts:       the prompts that it still knows when its text encoders are gone; None: they are there
     """
 
-    shape: tuple[int, int, int]
     times: tuple[float, ...] | None
     guidance: float
     examples: tuple[str, ...]
@@ -184,36 +191,6 @@ class TextSpec(ABC):
 
     @property
     @abstractmethod
-    def picture(self) -> tuple[int, int, int]: ...
-
-    @property
-    @abstractmethod
-    def summary(self) -> str: ...
-
-    @property
-    @abstractmethod
-    def usage(self) -> str: ...
-
-    @abstractmethod
-    def encode(self, pictures: Tensor, /) -> Tensor: ...
-
-    @abstractmethod
-    def decode(self, x0: Tensor, /) -> Tensor: ...
-
-    @abstractmethod
-    def preview(self, count: int, /) -> Condition: ...
-
-    @abstractmethod
-    def to(self, device: torch.device | str, /) -> Self: ...
-
-    @abstractmethod
-    def save(self, folder: Path, network: nn.Module, card: str, /) -> None: ...
-
-    def parts(self) -> list[nn.Module]:
-        return []
-
-    @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where its frozen networks are, and its conditions."""
 
@@ -225,23 +202,6 @@ class TextSpec(ABC):
     def without_encoders(self, texts: Texts, pictures: bool) -> Self:
         """The same without its text encoders, which ``texts`` stand in for, and, if ``pictures``, without the
         autoencoder's encoder: their memory is free once nobody holds this one. ``save`` reads them again."""
-
-    @abstractmethod
-    def beginning(self, process: Process) -> tuple[float, bool]:
-        """A student's time of its first step, and whether it sees unit noise there; ValueError for a teacher."""
-
-    def one_step(self, denoiser: Denoiser) -> OneStepStudent:
-        """The student whose network is in ``denoiser``, in the process that its ``times`` are of."""
-        time, unit = self.beginning(denoiser.process)
-        return OneStepStudent(denoiser, time, unit_noise=unit)
-
-    @abstractmethod
-    def begun(self, process: Process, sigma_init: float) -> Self:
-        """That of a student of distribution matching."""
-
-    @abstractmethod
-    def begun_flow(self, view: TrigFlowView, guidance: float) -> Self:
-        """That of a student which was trained as ``view`` and is asked for ``guidance`` unless told otherwise."""
 
     def later(self, steps: int) -> tuple[float, ...]:
         """Times of a student's second to last of ``steps`` steps; UserError if it has fewer."""
