@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eval.shapes import SD_NOISE, clip, clip_tokenizer
+from eval.shapes import SD_NOISE, TINY_VAE, clip, clip_tokenizer
 
 FLOW: dict[str, Any] = {"shift": 3.0}
 
@@ -37,10 +37,7 @@ def t5(width: int = 32) -> tuple[Any, Any]:
 
 
 def autoencoder(channels: int, **more: Any) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=8, sample_size=16, **more,
-    )  # fmt: skip
+    return diffusers.AutoencoderKL(**TINY_VAE | {"latent_channels": channels} | more)
 
 
 def unet(**more: Any) -> Any:

@@ -15,6 +15,9 @@ from models.process import Process
 from models.student import OneStepStudent
 from models.trigflow import TrigFlowView
 
+EXAMPLE = "a photo of a red apple on a wooden table"
+"""Prompt of a folder that brings none."""
+
 
 class Spec(Protocol):
     """How a checkpoint is asked, how its x0 becomes pictures, and how its like is saved.

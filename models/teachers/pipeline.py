@@ -23,11 +23,10 @@ from models.errors import UserError
 from models.folders import replace_folder
 from models.parameterization import Prediction
 from models.process import DiscreteVP, Process, RectifiedFlow
-from models.teachers.base import Texts, TextSpec
+from models.teachers.base import EXAMPLE, Texts, TextSpec
 from models.teachers.files import FROM_FILES, opened
 from models.trigflow import TrigFlowView
 
-EXAMPLE = "a photo of a red apple on a wooden table"
 SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
 MOST_STEPS = 4

@@ -34,7 +34,7 @@ from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
-from models.teachers.base import Texts, TextSpec
+from models.teachers.base import EXAMPLE, Texts, TextSpec
 from models.teachers.files import single_file
 from models.trigflow import TrigFlowView
 
@@ -120,8 +120,6 @@ def without_guidance(transformer: SanaTransformer2DModel) -> SanaTransformer2DMo
 LATER_TIMES = (1.3, 1.1, 0.6)
 """Times of a student's second to fourth step at sigma_data 0.5 (SANA-Sprint, Table 7), until eval.timesteps finds its
 own."""
-EXAMPLE = "a photo of a red apple on a wooden table"
-"""Prompt of a folder that brings none."""
 
 
 @dataclass(frozen=True)
