@@ -138,6 +138,7 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
         spec.shape,
         spec.picture,
         spec.encode,
+        spec.decode,
         config.train.steps,
         settings.critic.camera_dropout,
         discriminator,

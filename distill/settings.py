@@ -661,6 +661,9 @@ class SceneStage(Schema):
     """The particles' score: that of one sample (SDS), a trained critic (VSD), or the exact one of all particles."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale; null: the teacher's."""
+    latent_weight: float = 1.0
+    picture_weight: float = 0.0
+    sds_share: float = 0.0
     anneal: Anneal = Anneal()
     """How the noise levels fall."""
     resolutions: list[tuple[float, int]] = Field(default=[(0.0, 64)], min_length=1)
@@ -752,8 +755,9 @@ class SceneDistillation(Schema):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have one name: {names}")
-        if self.stages[0].kind != "volume" or any(stage.kind == "volume" for stage in self.stages[1:]):
-            raise ValueError("the first stage is of kind volume, and no other")
+        kinds = [stage.kind for stage in self.stages]
+        if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index):
+            raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
         for name in (self.only, self.stage):
             if name is not None and name not in names:
                 raise ValueError(f"there is no stage {name}; there are {names}")

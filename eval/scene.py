@@ -48,6 +48,11 @@ def _sdf(shape: str, points: Tensor, values: Tensor) -> Tensor:
     return radius * solids.unit_sdf(shape, local)
 
 
+def _moving(shape: str) -> Tensor:
+    """Which of a solid's values (6,) say something of the shape, 1 or 0."""
+    return torch.tensor([1, 1, 1, 1, float(shape in ("cube", "pyramid", "torus")), float(shape == "torus")])
+
+
 def fit(shape: str, points: Tensor, inside: Tensor, steps: int = 120) -> tuple[Tensor, float]:
     """The solid's values (6,) with the best overlap with a volume, and its IoU.
 
@@ -56,12 +61,12 @@ def fit(shape: str, points: Tensor, inside: Tensor, steps: int = 120) -> tuple[T
     within = points[inside]
     centre, spread = within.mean(0), (within.amax(0) - within.amin(0)).norm() / 2
     tilts = [0.0] if shape != "torus" else [0.0, 0.6, 1.2]
-    yaws = [0.0] if shape in ("sphere", "cylinder", "cone") else [i * math.pi / 16 for i in range(8)]
+    yaws = [i * math.pi / 16 for i in range(8)] if shape in ("cube", "pyramid") else [0.0]
     if shape == "torus":
         yaws = [i * math.pi / 4 for i in range(8)]
     starts = [[0.75 * float(spread), *centre.tolist(), yaw, tilt] for yaw in yaws for tilt in tilts]
     values = torch.tensor(starts, requires_grad=True)
-    moving = torch.tensor([1, 1, 1, 1, float(len(yaws) > 1), float(shape == "torus")])
+    moving = _moving(shape)
     optimizer = torch.optim.Adam([values], lr=0.03)
     target = inside.float()
     width = 0.06 * float(spread)
@@ -164,27 +169,32 @@ def mask_iou(one: Tensor, other: Tensor) -> Tensor:
 
 
 def nearest_solid(shape: str, colour: str, mesh: Mesh, box: Box, orbit: Orbit) -> tuple[solids.Solid, float]:
-    """The solid that fits a mesh best and the IoU of their volumes: the best one in volume, then smaller or larger and
-    higher or lower so that the mean of the volume's IoU and the outlines' is highest."""
+    """The solid nearest to a mesh and the IoU of their volumes: the best one in volume, then moved, turned and scaled by
+    ever smaller steps while that raises the sum of the volume's IoU and the outlines' mean."""
     points = box.world(lattice(CELLS))
     inside = inside_mesh(mesh, box, CELLS)
     coarse = inside_mesh(mesh, box, CELLS // 2)
-    values, overlap = fit(shape, box.world(lattice(CELLS // 2)), coarse, steps=80)
+    values, _ = fit(shape, box.world(lattice(CELLS // 2)), coarse, steps=80)
     views = cameras_of(orbit, 6, 0.0)
     masks = [rasterise(mesh, mesh.vertices, camera, SIZE, smooth=False).coverage[0] > 0.5 for camera in views]
     own = torch.stack(masks)
-    best = (-1.0, values, overlap)
-    for scale in (0.88, 0.92, 0.96, 1.0):
-        for lift in (-0.04, 0.0, 0.04):
-            tried = values.clone()
-            tried[0] *= scale
-            tried[2] += lift
-            distance = _sdf(shape, points, tried[None])[0] < 0
-            volume = float((distance & inside).sum() / (distance | inside).sum())
-            score = volume + float(mask_iou(outlines(solid_at(shape, colour, tried), views)[0], own).mean())
-            if score > best[0]:
-                best = (score, tried, volume)
-    return solid_at(shape, colour, best[1]), best[2]
+
+    def score(tried: Tensor) -> tuple[float, float]:
+        distance = _sdf(shape, points, tried[None])[0] < 0
+        volume = float((distance & inside).sum() / (distance | inside).sum())
+        return volume + float(mask_iou(outlines(solid_at(shape, colour, tried), views)[0], own).mean()), volume
+
+    best = score(values)
+    step = torch.tensor([0.08, 0.04, 0.04, 0.04, 0.12, 0.12]) * _moving(shape)
+    while float(step[0]) > 0.005:
+        improved = False
+        for move in torch.cat([step.diag(), -step.diag()])[torch.cat([step, step]) > 0]:
+            found = score(values + move)
+            if found[0] > best[0]:
+                best, values, improved = found, values + move, True
+        if not improved:
+            step = step / 2
+    return solid_at(shape, colour, values), best[1]
 
 
 @torch.no_grad()

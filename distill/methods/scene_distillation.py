@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill import losses
 from distill.data import Batch
 from distill.methods.base import Logs, Turn
 from distill.methods.distribution_matching import DistributionMatching
@@ -91,6 +92,7 @@ class SceneDistillation(DistributionMatching):
         shape: tuple[int, int, int],
         picture: tuple[int, int, int],
         encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
         steps: int,
         camera_dropout: float = 0.1,
         discriminator: nn.Module | None = None,
@@ -112,6 +114,7 @@ class SceneDistillation(DistributionMatching):
         )
         self.stage, self.generator, self.prompts, self.orbit = stage, generator, prompts, orbit
         self.particles, self.picture, self.encode, self.camera_dropout = particles, picture, encode, camera_dropout
+        self.decode, self._drawn = decode, torch.empty(0)
         self.progress = Progress(steps)
         self.buffers["progress"] = self.progress
         self.critic_turns = stage.matching.critic_turns if critic is not None or discriminator is not None else 0
@@ -142,7 +145,8 @@ class SceneDistillation(DistributionMatching):
         u = self.annealed(draws.uniform())
         noise = draws.normal(*self.shape)
         drawn = cast(Drawn, self.networks["student"](views))
-        x0 = self.encode(self.resized(drawn.images))
+        self._drawn = self.resized(drawn.images)
+        x0 = self.encode(self._drawn)
         device = x0.device
         cond = replace(self.prompts.teacher(list(views.cameras)), camera=camera_to_world(views.cameras).flatten(1))
         cond = cond.to(device)
@@ -157,6 +161,21 @@ class SceneDistillation(DistributionMatching):
         if turn.micro == 0:
             self.progress.steps += 1
         return loss, logs
+
+    def surrogate(self, *values: Tensor | float) -> Tensor:
+        x0, teacher_x0, critic_x0, alpha, sigma, k0, _, _, weight = values
+        lw, pw = self.stage.latent_weight, self.stage.picture_weight
+        total = 0.0
+        if lw:
+            total = lw * super().surrogate(*values)
+        if pw:
+            with torch.no_grad():
+                teacher = self.decode(teacher_x0).clamp(-1, 1)
+                critic = self._drawn.detach() if (critic_x0 is x0 or self.stage.fake == "noise") else self.decode(critic_x0).clamp(-1, 1)
+            if (m := self.stage.sds_share) and self.stage.fake == "lora":
+                critic = torch.lerp(critic, self._drawn.detach(), m)
+            total = total + pw * losses.score_surrogate(self._drawn, teacher, critic, alpha, sigma, k0, weight=weight)
+        return total
 
     def annealed(self, u: Tensor) -> Tensor:
         """``u`` in the part of [0, 1) that the noise levels are drawn from at this step."""
