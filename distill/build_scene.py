@@ -44,7 +44,8 @@ def folder(config: Config) -> Path:
 
 
 def runs(config: Config, settings: Settings) -> list[Config]:
-    """One run for each stage, in order; each starts from the one before."""
+    """One run for each stage, in order; each starts from the one before and knows of no other stage, so that what comes
+    later can be changed without training anew."""
     plan: list[Config] = []
     done, share = 0, 0.0
     for stage in settings.stages:
@@ -53,9 +54,10 @@ def runs(config: Config, settings: Settings) -> list[Config]:
         if steps < 1:
             raise UserError(f"train.steps: of {config.train.steps} steps none is left for the stage {stage.name}")
         start = plan[-1].output if plan else None
+        own = {"stage": stage.name, "stages": [stage.model_copy(update={"share": 1.0})], "only": None}
         changes = {
             "output": folder(config) / stage.name,
-            "method": settings.model_copy(update={"stage": stage.name, "start": start, "only": None}),
+            "method": settings.model_copy(update=own | {"start": start}),
             "student": stage.student or config.student,
             "critic": stage.critic or config.critic,
             "train": config.train.model_copy(update={"steps": steps}),
@@ -125,6 +127,8 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
     if stage.kind == "volume":
         scene = replace(scene, samples=_samples(config, stage, scene))
+    elif settings.start is not None:
+        scene = replace(scene, samples=saved.read(settings.start / "student")[0].samples)
     generator = _generator(settings, stage, scene)
     method = SceneDistillation(
         stage,

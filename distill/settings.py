@@ -637,6 +637,8 @@ class SceneWeights(Schema):
     """Binary entropy of the pixels' opacity, against fog (volume)."""
     sparsity: float = Field(default=0.0, ge=0)
     """sqrt(opacity^2 + 0.01), against floaters (volume)."""
+    creases: float = Field(default=0.0, ge=0)
+    """Total variation of a mesh's normals: flat sides, sharp edges."""
     normals: float = Field(default=0.0, ge=0)
     """1 - cosine between the normals of neighbouring faces (geometry)."""
     laplacian: float = Field(default=0.0, ge=0)
@@ -756,6 +758,8 @@ class SceneDistillation(Schema):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have one name: {names}")
         kinds = [stage.kind for stage in self.stages]
+        if self.stage is not None:
+            return self
         if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index):
             raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
         for name in (self.only, self.stage):

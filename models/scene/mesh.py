@@ -48,6 +48,12 @@ class Mesh:
         same = keys[order][1:] == keys[order][:-1]
         return torch.stack([owner[:-1][same], owner[1:][same]], 1)
 
+    def creases(self) -> Tensor:
+        """Angle between neighbouring faces' normals as the length of their difference, averaged: the total variation
+        of the normals, which leaves flat sides flat and edges sharp; a scalar."""
+        normals, pairs = self.face_normals(), self.neighbours()
+        return ((normals[pairs[:, 0]] - normals[pairs[:, 1]]).square().sum(1) + 1e-4).sqrt().mean()
+
     def roughness(self) -> Tensor:
         """1 - cosine between neighbouring faces, averaged: a scalar."""
         normals, pairs = self.face_normals(), self.neighbours()

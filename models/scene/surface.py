@@ -156,9 +156,10 @@ class Geometry(Generator):
         drawn = draw(meshes, fields.all(), fields.backdrop, views, self.picture)
         used = sorted(set(views.particles))
         rough = torch.stack([meshes[index].roughness() for index in used]).mean()
+        creases = torch.stack([meshes[index].creases() for index in used]).mean()
         grid = self.distance[used].unflatten(1, (self.side + 1,) * 3)
         bend = torch.stack([grid.diff(n=2, dim=axis).square().mean() for axis in (1, 2, 3)]).sum()
-        return Drawn(drawn.images, drawn.opacity, {"normals": rough, "laplacian": bend})
+        return Drawn(drawn.images, drawn.opacity, {"normals": rough, "creases": creases, "laplacian": bend})
 
     def tensors(self) -> dict[str, Tensor]:
         with torch.no_grad():
