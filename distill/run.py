@@ -40,6 +40,7 @@ FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
         "log_every",
         "sample_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "checkpoints_total_limit",
         "trackers",
     )

@@ -216,6 +216,8 @@ class Train(Schema):
     """Student steps between two sample grids."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Student steps between two checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Save also when so many minutes have gone since the last checkpoint; null: by steps alone."""
     checkpoints_total_limit: int = Field(default=2, gt=0)
     """Checkpoints to keep."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
@@ -756,7 +758,11 @@ class SceneDistillation(Schema):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have one name: {names}")
         kinds = [stage.kind for stage in self.stages]
-        if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index):
+        if (
+            kinds[0] != "volume"
+            or kinds.count("geometry") > 1
+            or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index)
+        ):
             raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
         for name in (self.only, self.stage):
             if name is not None and name not in names:
