@@ -758,11 +758,7 @@ class SceneDistillation(Schema):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have one name: {names}")
         kinds = [stage.kind for stage in self.stages]
-        if (
-            kinds[0] != "volume"
-            or kinds.count("geometry") > 1
-            or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index)
-        ):
+        if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index):
             raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
         for name in (self.only, self.stage):
             if name is not None and name not in names:

@@ -91,8 +91,8 @@ def test_kill_and_repeat_is_bit_identical(base: Path):
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A minute apart where a step takes 25 seconds: after the third step and the sixth. A run that was resumed from there
-    ends as the uninterrupted one did."""
+    """A minute apart where a step takes 25 seconds: after the third step and the sixth. A run that was resumed from the
+    third ends as the uninterrupted one did."""
     clock = {"seconds": 0.0}
     monkeypatch.setattr("distill.trainer.monotonic", lambda: clock["seconds"])
     run_step = Trainer.run_step
