@@ -13,9 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from distill import build_scene
-from distill.settings import Config, parse
+from distill.run import dry_run
+from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
 from models.errors import UserError
+from models.scene.memory import SHARE, rendering_bytes
 from tests import families
 from tests.tiny import ROOT, command, environment, save_sana, train
 
@@ -129,6 +131,37 @@ def test_the_same_path_from_a_stable_diffusion_folder(base: Path, tmp_path: Path
     moved = tensors(scene / "volume")
     ups = [value for key, value in moved.items() if "lora_B" in key]
     assert ups and all(bool(value.abs().sum() > 0) for value in ups)
+
+
+def test_a_dry_run_rehearses_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Each at its largest size, with as many samples a ray as fit; nothing is left on disk."""
+    teacher = families.save(tmp_path / "sd", "stable_diffusion")
+    stages = [STAGES[0] | {"samples": 40, "resolutions": [[0.0, 8], [0.1, 16], [0.9, 8]]}, *STAGES[1:]]
+    config = check(values(tmp_path, teacher, "dry", stages=stages), "test")
+    assert isinstance(config.method, Settings)
+    field = build_scene.scene_of(config.method).field
+    free = rendering_bytes(field, 2, 16, 21) / SHARE  # of 40 samples that 21 do
+    monkeypatch.setattr(build_scene, "free_bytes", lambda device: int(free) + 1)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    before = {path for path in tmp_path.rglob("*")}
+    assert dry_run(config) == 0
+    assert {path for path in tmp_path.rglob("*")} == before
+    printed = capsys.readouterr().out
+    assert "21 samples a ray in the place of 40" in printed
+    found = json.loads(printed[printed.index("\n{") :])
+    assert {name: stage["size"] for name, stage in found["stages"].items()} == {
+        "volume": 16, "geometry": 64, "texture": 64
+    }  # fmt: skip
+    assert found["samples_per_ray"] == found["stages"]["volume"]["samples_per_ray"] == 21
+    assert found["peak_gib"] == max(stage["measured_peak_gib"] for stage in found["stages"].values()) > 0
+    assert all(stage["seconds_per_student_turn"] > 0 for stage in found["stages"].values())
+    assert ("critic" in found["stages"]["texture"]["parameters"]) and "critic" not in found["stages"]["geometry"][
+        "parameters"
+    ]
+    assert found["hours"] == pytest.approx(sum(stage["hours"] for stage in found["stages"].values()), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["f_distill", "sim", "uni_instruct"])
