@@ -1,6 +1,5 @@
 """From settings to one stage of text to 3D, and from one command to all of them."""
 
-import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -163,11 +162,11 @@ def _samples(config: Config, stage: SceneStage, scene: saved.Scene) -> int:
     return samples
 
 
-def largest(method: SceneDistillation) -> None:
-    """Put a new stage to the end of its schedule of resolutions, for an estimate."""
-    sizes = method.stage.resolutions
-    share = max(sizes, key=lambda pair: pair[1])[0]
-    method.progress.steps.fill_(math.ceil(share * method.progress.total))
+def enlarge(method: SceneDistillation) -> int:
+    """Let a new stage draw at the largest size of its schedule from the start, for an estimate; returns that size."""
+    size = max(size for _, size in method.stage.resolutions)
+    method.stage = method.stage.model_copy(update={"resolutions": [(0.0, size)]})
+    return size
 
 
 @torch.no_grad()

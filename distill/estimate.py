@@ -117,17 +117,21 @@ def _kinds(trainer: Trainer) -> list[str]:
 
 
 def plan_memory(trainer: Trainer) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Fixed bytes by part, and of each kind of turn the bytes for no sample and for each sample more."""
+    """Fixed bytes by part, and of each kind of turn the bytes for no sample and for each sample more.
+
+    Where micro-batches of one are asked for, two are not tried, which may not fit: all is the one sample's then.
+    """
     size, turns = trainer.size, {}
     found: dict[str, list[int]] = {kind: [] for kind in _kinds(trainer)}
-    for samples in (1, 2):
+    for samples in (1, 2) if size > 1 else (1,):
         _resize(trainer, samples)
         for kind in found:  # twice: the first turn makes the optimizer's moments
             _turn(trainer, kind)
         for kind in found:
             found[kind].append(turn_memory(trainer, kind))
-    for kind, (one, two) in found.items():
-        turns[kind] = (2 * one - two, max(1, two - one))
+    for kind, (one, *two) in found.items():
+        each = max(1, two[0] - one) if two else one
+        turns[kind] = (one - each, each)
     _resize(trainer, size)
     return fixed_memory(trainer), turns
 

@@ -25,6 +25,7 @@ from models.adapters import merged
 from models.errors import UserError
 from models.folders import replace_text
 from models.multi_student import assemble
+from models.scene.particles import Fields
 from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
 
@@ -40,6 +41,7 @@ FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
         "log_every",
         "sample_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "checkpoints_total_limit",
         "trackers",
     )
@@ -155,9 +157,9 @@ def _rehearse(runs: list[Config]) -> Iterator[tuple[Config, Trainer]]:
         for run in runs:
             method = run.method if start is None else run.method.model_copy(update={"start": start})
             trainer = build(run.model_copy(update={"method": method}))
-            yield run, trainer
             start = Path(temporary) / run.output.name
-            trainer.spec.save(start, trainer.method.exported(), "")
+            trainer.spec.save(start / "student", trainer.method.exported(), "")
+            yield run, trainer
 
 
 def _finished(run: Config) -> bool:
@@ -258,16 +260,31 @@ def evaluate(config: Config, stream: Stream | None = None) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
+def _scene_estimate(config: Config, settings: SceneDistillation) -> dict[str, Any]:
+    """Of every stage as if all its steps were at its largest size and no part of the box known to be empty, so hours
+    and memory are upper bounds; then of the whole run."""
+    from distill.estimate import estimate
+
+    stages: dict[str, dict[str, Any]] = {}
+    for run, trainer in _rehearse(build_scene.runs(config, settings)):
+        method = cast(SceneMethod, trainer.method)
+        drawn: dict[str, Any] = {"size": build_scene.enlarge(method)}
+        if isinstance(method.generator, Fields):
+            drawn["samples_per_ray"] = method.generator.samples
+        stages[run.output.name] = drawn | estimate(trainer)
+    hours = [stage["hours"] for stage in stages.values()]
+    peaks = [stage["measured_peak_gib"] or stage["memory_gib"]["total"] for stage in stages.values()]
+    whole = {"hours": None if None in hours else round(sum(hours), 3), "peak_gib": max(peaks)}
+    return whole | {"samples_per_ray": stages[settings.stages[0].name]["samples_per_ray"], "stages": stages}
+
+
 def dry_run(config: Config) -> int:
     """Print the resolved configuration and an estimate, from two steps really made on this device."""
     from distill.estimate import estimate
 
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if isinstance(config.method, SceneDistillation):
-        first = build_scene.runs(config, config.method)[0]
-        trainer = build(first)
-        build_scene.largest(cast(SceneMethod, trainer.method))
-        print(json.dumps({cast(SceneDistillation, first.method).stage: estimate(trainer)}, indent=2))
+        print(json.dumps(_scene_estimate(config, config.method), indent=2))
         return 0
     if not isinstance(config.method, MultiStudent):
         print(json.dumps(estimate(build(config)), indent=2))

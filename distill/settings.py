@@ -216,6 +216,8 @@ class Train(Schema):
     """Student steps between two sample grids."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Student steps between two checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Save also when so many minutes have gone since the last checkpoint; null: by steps alone."""
     checkpoints_total_limit: int = Field(default=2, gt=0)
     """Checkpoints to keep."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
 from distill.optimizers import learning_rate, new_optimizer
 from distill.preview import Preview
-from distill.reduce import sum_over_processes
+from distill.reduce import any_process, sum_over_processes
 from distill.settings import Config, Optimizer
 from models.errors import UserError
 from models.seeds import Draws, mix
@@ -164,6 +165,7 @@ class Trainer:
         keep, folder = self.config.train.checkpoints_total_limit, self.config.output / "checkpoints"
         place = self.accelerator.process_index, self.accelerator.num_processes
         checkpoint.save(folder, self.step, self.bare, optimizers, average, state, keep, *place)
+        self.saved, self.saved_at = self.step, monotonic()
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
@@ -187,14 +189,14 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step; False if SIGTERM or Ctrl-C ended it earlier (everything is saved then)."""
-        train, main = self.config.train, self.accelerator.is_main_process
+        train, main, device = self.config.train, self.accelerator.is_main_process, self.accelerator.device
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(total=train.steps, initial=self.step, desc="steps", disable=not main)
-        saved = self.step
+        self.saved, self.saved_at = self.step, monotonic()
         if self.step == 0:
             self._sample()
         try:
-            while self.step < train.steps and not self._asked_to_stop():
+            while self.step < train.steps and not any_process(self.stopping, device):
                 self.run_step()
                 bar.update()
                 last = self.step == train.steps
@@ -208,10 +210,9 @@ class Trainer:
                         self.accelerator.log(numbers, self.step)
                 if last or self.step % train.sample_every == 0:
                     self._sample()
-                if last or self.step % train.checkpoint_every == 0:
+                if last or self.step % train.checkpoint_every == 0 or self._is_due():
                     self.save()
-                    saved = self.step
-            if saved != self.step:
+            if self.saved != self.step:
                 self.save()
         finally:
             bar.close()
@@ -229,11 +230,13 @@ class Trainer:
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopping = True
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was asked to: all must agree, or the others would wait for ever."""
-        if self.accelerator.num_processes == 1:
-            return self.stopping
-        return bool(sum_over_processes(torch.tensor(float(self.stopping), device=self.accelerator.device)) > 0)
+    def _is_due(self) -> bool:
+        """Whether ``checkpoint_minutes`` have gone since the last checkpoint, by the first process's clock."""
+        minutes = self.config.train.checkpoint_minutes
+        if minutes is None:
+            return False
+        due = self.accelerator.is_main_process and monotonic() - self.saved_at >= 60 * minutes
+        return any_process(due, self.accelerator.device)
 
     def _check_finite(self) -> None:
         if self.bad_steps[1] < PATIENCE:

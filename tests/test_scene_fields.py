@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.estimate import LiveBytes
 from models.errors import UserError
 from models.scene.backdrops import Learned, Plain, Studio
 from models.scene.cameras import Camera, Orbit, rays
@@ -159,11 +160,36 @@ def test_views_of_several_particles_keep_their_places():
         torch.testing.assert_close(mixed[row], alone)
 
 
+@pytest.mark.parametrize(("views", "size", "samples"), [(1, 24, 32), (2, 32, 8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        FieldSizes(side=16),
+        FieldSizes(side=16, channels=4, width=64),
+        FieldSizes("voxels", side=16),
+        FieldSizes("hash", levels=4, log_table=10, finest=64),
+        FieldSizes("hash", levels=16, log_table=8, finest=256, width=64),
+    ],
+)
+def test_rendering_takes_what_is_foreseen(sizes: FieldSizes, views: int, size: int, samples: int):
+    """Never more, and not much less: rays that all meet the box, and from the usual distance, where a fifth do not."""
+    foreseen = rendering_bytes(sizes, views, size, samples)
+    for radius, most in ((1.5, 1.2), (4.0, 1.5)):
+        torch.manual_seed(0)
+        fields = Fields([sizes.new(Box(), Blob())], Learned(), samples)
+        cameras = [Camera(40 * view, 10, radius) for view in range(views)]
+        jitter = torch.rand(views, size, size)
+        with LiveBytes() as live:
+            drawn = fields(Views(cameras, [0] * views, size, torch.rand(views, 4), jitter))
+            (drawn.images.square().mean() + drawn.terms["entropy"]).backward()
+        assert live.peak <= foreseen < most * live.peak, foreseen / live.peak
+
+
 def test_samples_are_lowered_before_memory_runs_out():
     sizes = FieldSizes(side=8)
-    need = rendering_bytes(sizes, 2, 64, 48)
-    assert fitting_samples(sizes, 2, 64, 48, int(need / 0.6) + 1000) == 48
-    assert fitting_samples(sizes, 2, 64, 48, int(need / 0.6 / 2) + 1000) == 24
+    for samples in (48, 24):
+        need = rendering_bytes(sizes, 2, 64, samples)
+        assert fitting_samples(sizes, 2, 64, 48, int(need / 0.6) + 1000) == samples
     assert fitting_samples(sizes, 2, 64, 48, None) == 48
     with pytest.raises(UserError, match=r"resolutions: 2 views of 512 x 512 need .* GiB.*train\.batch_size"):
         fitting_samples(sizes, 2, 512, 48, 1 << 20)

@@ -1,19 +1,23 @@
 """Marching tetrahedra, the rasteriser and the files, against closed forms."""
 
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from eval.scene import fit, inside_mesh
 from models.errors import UserError
-from models.scene import export, saved
+from models.scene import export, nvdiffrast_backend, saved
 from models.scene.cameras import Camera, Orbit
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.mesh import Mesh, lattice, marching_tetrahedra, outer_hull, tetrahedra
-from models.scene.raster import rasterise
+from models.scene.raster import Raster, rasterise
 from models.scene.solids import unit_sdf
 from models.scene.surface import find_threshold, surface
 
@@ -126,6 +130,80 @@ def test_the_nearest_face_is_seen():
     )
     raster = rasterise(both, both.vertices, Camera(0, 0, 4), 32)
     assert int(raster.faces[16, 16]) < len(near.faces) and float(raster.attributes[2, 16, 16]) > 1.2
+
+
+class Nvdiffrast(ModuleType):
+    """nvdiffrast.torch as it is documented: rows from y = -1 upwards, (u, v, z / w, triangle + 1) with u and v the
+    shares of a triangle's first two corners. By homogeneous edge functions (Olano and Greer 1997); no antialiasing."""
+
+    @staticmethod
+    def RasterizeCudaContext(device: torch.device) -> torch.device:
+        return device
+
+    @staticmethod
+    def rasterize(
+        _context: Any, pos: Tensor, tri: Tensor, resolution: list[int], grad_db: bool = True
+    ) -> tuple[Tensor, None]:
+        assert pos.shape[0] == 1 and tri.dtype == torch.int32 and pos.is_contiguous() and tri.is_contiguous()
+        height, width = resolution
+        y, x = torch.meshgrid(
+            (torch.arange(height) + 0.5) * 2 / height - 1, (torch.arange(width) + 0.5) * 2 / width - 1, indexing="ij"
+        )
+        pixels = torch.stack([x, y, torch.ones_like(x)], -1).view(-1, 3).double()
+
+        def shares(corners: Tensor, pixels: Tensor) -> Tensor:
+            a, b, c = corners[..., [0, 1, 3]].unbind(-2)
+            sides = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], -2)
+            return (sides * pixels[..., None, :]).sum(-1) / (a * sides[..., 0, :]).sum(-1, keepdim=True)
+
+        corners = pos[0].double()[tri.long()]
+        with torch.no_grad():
+            parts = shares(corners[None], pixels[:, None])
+            depth = (parts * corners[..., 2]).sum(2) / (parts * corners[..., 3]).sum(2)
+            nearest = torch.where((parts >= 0).all(2), depth, torch.inf).min(1)
+        seen, face = nearest.values.isfinite().nonzero()[:, 0], nearest.indices
+        chosen = shares(corners[face[seen]], pixels[seen])
+        chosen = chosen / chosen.sum(1, keepdim=True)
+        values = torch.cat([chosen[:, :2], torch.stack([nearest.values[seen], face[seen] + 1.0], 1)], 1)
+        return values.new_zeros(len(pixels), 4).index_put((seen,), values).view(1, height, width, 4).float(), None
+
+    @staticmethod
+    def interpolate(attr: Tensor, rast: Tensor, tri: Tensor) -> tuple[Tensor, None]:
+        u, v, _, face = rast[0].unbind(-1)
+        corners = attr[0][tri.long()[(face.long() - 1).clamp(min=0)]]
+        values = (corners * torch.stack([u, v, 1 - u - v], -1)[..., None]).sum(2)
+        return torch.where(face[..., None] > 0, values, 0.0)[None], None
+
+    @staticmethod
+    def antialias(color: Tensor, _rast: Tensor, _pos: Tensor, _tri: Tensor) -> Tensor:
+        return color
+
+
+@pytest.mark.parametrize("camera", [Camera(30, 20, 4), Camera(200, -35, 2.5, 60)])
+def test_nvdiffrast_is_asked_for_the_same_picture(camera: Camera, monkeypatch: pytest.MonkeyPatch):
+    """Faces, attributes and their slopes are those of the torch rasteriser, the right way up."""
+    monkeypatch.setitem(sys.modules, "nvdiffrast", ModuleType("nvdiffrast"))
+    monkeypatch.setitem(sys.modules, "nvdiffrast.torch", Nvdiffrast("nvdiffrast.torch"))
+    places = lattice(8)
+    shape = marching_tetrahedra(places, (places - torch.tensor([0.2, 0.15, -0.1])).norm(dim=1) - 0.6, tetrahedra(8))
+    values = torch.cat([shape.vertices, shape.vertex_normals()], 1)
+    weights, slopes, drawn = torch.rand(6, 32, 32, generator=torch.Generator().manual_seed(0)), [], []
+    for draw in (rasterise, nvdiffrast_backend.draw):
+        vertices = shape.vertices.clone().requires_grad_()
+        result = draw(Mesh(vertices, shape.faces), values, camera, 32, smooth=False)
+        image, coverage, faces = (
+            (result.attributes, result.coverage, result.faces) if isinstance(result, Raster) else result
+        )
+        slopes.append(torch.autograd.grad((image * weights).sum(), vertices)[0])
+        drawn.append((image.detach(), coverage, faces))
+    (image, coverage, faces), (other, its_coverage, its_faces) = drawn
+    assert int((faces >= 0).sum()) > 100 and torch.equal(faces, its_faces) and torch.equal(coverage, its_coverage)
+    torch.testing.assert_close(other, image, atol=1e-4, rtol=0)
+    torch.testing.assert_close(slopes[1], slopes[0], atol=1e-3 * float(slopes[0].abs().max()), rtol=0)
+    z = nvdiffrast_backend.clip_places(shape.vertices, camera)
+    assert bool((z[:, 2].abs() < z[:, 3]).all())  # between the near and the far plane
+    monkeypatch.setattr(nvdiffrast_backend, "draw", None)
+    assert torch.equal(rasterise(shape, values, camera, 32, smooth=False).faces, faces)  # not taken on a CPU
 
 
 def test_threshold_and_surface_fit_the_rendered_blob():

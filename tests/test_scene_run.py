@@ -3,7 +3,7 @@
 import json
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import yaml
 from safetensors.torch import load_file
 
 from distill import build_scene
-from distill.settings import Config, parse
+from distill.run import dry_run
+from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
 from models.errors import UserError
+from models.scene.memory import SHARE, rendering_bytes
 from tests import families
-from tests.tiny import ROOT, command, environment, save_sana, train
+from tests.tiny import ROOT, environment, save_sana, train
 
 STAGES: list[dict[str, Any]] = [
     {"name": "volume", "kind": "volume", "share": 0.5, "samples": 8, "resolutions": [[0.0, 8], [0.5, 16]]},
@@ -49,7 +51,7 @@ def values(base: Path, teacher: Path, output: str, **method: Any) -> dict[str, A
         "student": {"lr": 1e-3, "beta1": 0.9, "eps": 1e-6},
         "critic": {"lr": 1e-3},
         "train": {
-            "steps": 16,
+            "steps": 40,
             "batch_size": 2,
             "cpu_threads": 1,
             "log_every": 2,
@@ -88,25 +90,42 @@ def test_one_command_makes_all_files(base: Path):
     scene = base / "whole/a-red-cube"
     names = {path.name for path in (scene / "student").rglob("*") if path.is_file()}
     assert {"model.glb", "model.obj", "model.ply", "turntable.mp4", "sheet.png"} <= names
-    for stage, steps in (("volume", 8), ("geometry", 4), ("texture", 4)):
+    for stage, steps in (("volume", 20), ("geometry", 10), ("texture", 10)):
         lines = [json.loads(line) for line in (scene / stage / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["step"] == steps and lines[-1]["skipped_steps"] == 0
         assert ("critic_loss" in lines[-1]) == (stage != "geometry")
     before = tensors(scene / "volume")
-    assert int(before["student/model/occupancy.0.updates"]) == 0
+    assert int(before["student/model/occupancy.0.updates"]) == 1  # after 16 steps
     assert sum(".adapter." in key for key in before) == 32
 
 
+KILLED = """
+import os, signal, sys
+from distill.train import main
+from distill.trainer import Trainer
+
+stage, step, whole = sys.argv.pop(1), int(sys.argv.pop(1)), Trainer.turn
+
+def turn(trainer, kind, index):
+    if trainer.config.output.name == stage and trainer.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(trainer, kind, index)
+
+Trainer.turn = turn
+sys.exit(main())
+"""
+"""``distill/train.py`` that does not survive a step of a stage."""
+
+
 def test_killed_and_resumed_it_ends_the_same(base: Path):
-    """SIGKILL in the middle of the first stage; the same command goes on, bit for bit, to the same files."""
+    """SIGKILL in every stage, between two checkpoints, in the volume stage after it has marked empty cells; the same
+    command goes on, bit for bit, to the same files."""
     config, run = write(base, base / "teacher", "killed"), base / "killed/a-red-cube"
-    process = subprocess.Popen(command("--config", config), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
-    deadline = time.monotonic() + 200
-    while not (run / "volume/checkpoints/step-2").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "volume/student").exists(), "the stage ended before it could be killed"
+    for stage, step in (("volume", 19), ("geometry", 3), ("texture", 5)):
+        line = [sys.executable, "-c", KILLED, stage, str(step), "--config", str(config)]
+        done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (run / stage / f"checkpoints/step-{step - 1}").is_dir() and not (run / stage / "student").exists()
     again = train("--config", config)
     assert again.returncode == 0, again.stderr
     for stage in ("volume", "geometry", "texture"):
@@ -129,6 +148,41 @@ def test_the_same_path_from_a_stable_diffusion_folder(base: Path, tmp_path: Path
     moved = tensors(scene / "volume")
     ups = [value for key, value in moved.items() if "lora_B" in key]
     assert ups and all(bool(value.abs().sum() > 0) for value in ups)
+
+
+def test_a_dry_run_rehearses_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Each at its largest size, with as many samples a ray as fit; nothing is left on disk."""
+    teacher = families.save(tmp_path / "sd", "stable_diffusion")
+    stages = [STAGES[0] | {"samples": 40, "resolutions": [[0.0, 8], [0.1, 16], [0.9, 8]]}, *STAGES[1:]]
+    made = values(tmp_path, teacher, "dry", stages=stages)
+    made["train"]["batch_size"] = 1
+    config = check(made, "test")
+    assert isinstance(config.method, Settings)
+    field = build_scene.scene_of(config.method).field
+    free = rendering_bytes(field, 1, 16, 21) / SHARE  # of 40 samples that 21 do
+    monkeypatch.setattr(build_scene, "free_bytes", lambda device: int(free) + 1)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    before = {path for path in tmp_path.rglob("*")}
+    assert dry_run(config) == 0
+    assert {path for path in tmp_path.rglob("*")} == before
+    printed = capsys.readouterr().out
+    assert "21 samples a ray in the place of 40" in printed
+    found = json.loads(printed[printed.index("\n{") :])
+    assert {name: stage["size"] for name, stage in found["stages"].items()} == {
+        "volume": 16, "geometry": 64, "texture": 64
+    }  # fmt: skip
+    assert found["samples_per_ray"] == found["stages"]["volume"]["samples_per_ray"] == 21
+    assert found["peak_gib"] == max(stage["measured_peak_gib"] for stage in found["stages"].values()) > 0
+    for stage in found["stages"].values():  # views of one alone are tried, and foretell what they take
+        assert stage["seconds_per_student_turn"] > 0 and stage["largest_micro_batch"] > 1
+        assert stage["memory_gib"]["total"] == pytest.approx(stage["measured_peak_gib"], rel=0.15)
+    assert ("critic" in found["stages"]["texture"]["parameters"]) and "critic" not in found["stages"]["geometry"][
+        "parameters"
+    ]
+    assert found["hours"] == pytest.approx(sum(stage["hours"] for stage in found["stages"].values()), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["f_distill", "sim", "uni_instruct"])
@@ -161,7 +215,7 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
     assert build_scene.folder(config).name == "a-very-very-blue-torus"
     assert len(build_scene.slug("x" * 500)) <= 48
     plan = build_scene.runs(config, config.method)
-    assert [run.train.steps for run in plan] == [8, 4, 4]
+    assert [run.train.steps for run in plan] == [20, 10, 10]
     assert [run.output.name for run in plan] == ["volume", "geometry", "texture"]
 
 

@@ -17,6 +17,7 @@ from distill import checkpoint
 from distill.run import build
 from distill.run import train as run_training
 from distill.settings import Config
+from distill.trainer import Trainer
 from models.errors import UserError
 from models.multi_student import assemble
 from tests.tiny import command, environment, save_network, settings, train, write_settings
@@ -89,6 +90,31 @@ def test_kill_and_repeat_is_bit_identical(base: Path):
     assert_same(state(run, 6), state(base / "whole", 6))
 
 
+def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A minute apart where a step takes 25 seconds: after the third step and the sixth. A run that was resumed from the
+    third ends as the uninterrupted one did."""
+    clock = {"seconds": 0.0}
+    monkeypatch.setattr("distill.trainer.monotonic", lambda: clock["seconds"])
+    run_step = Trainer.run_step
+
+    def timed(trainer: Trainer) -> None:
+        run_step(trainer)
+        clock["seconds"] += 25
+
+    monkeypatch.setattr(Trainer, "run_step", timed)
+    more = {"train__steps": 7, "train__checkpoint_every": 100, "train__checkpoints_total_limit": 9}
+    values = settings(tmp_path, "whole", **more, train__checkpoint_minutes=1)
+    assert run_training(Config.model_validate(values)) == 0
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert checkpoint.list_steps(whole / "checkpoints") == [3, 6, 7]
+    shutil.copytree(whole / "checkpoints/step-3", half / "checkpoints/step-3")
+    shutil.copy(whole / "metrics.jsonl", half)
+    assert run_training(Config.model_validate(settings(tmp_path, "half", **more))) == 0
+    assert checkpoint.list_steps(half / "checkpoints") == [3, 7]
+    assert_same(state(whole, 7), state(half, 7))
+    assert (half / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
 def test_resume_between_log_lines_keeps_the_means(base: Path):
     """A checkpoint that falls between two lines carries the sums of the first half."""
     changes = {"train__log_every": 3, "train__checkpoint_every": 2}
@@ -111,11 +137,15 @@ def test_resume_between_log_lines_keeps_the_means(base: Path):
 
 def test_two_processes_agree_with_one(base: Path):
     """torchrun with gloo at the same global batch, resumed half-way: losses and every network to 1e-5."""
-    config = write_settings(base, "two")
+    config = write_settings(base, "two", train__checkpoint_every=100, train__checkpoint_minutes=1e-9)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for steps in (3, 6):
         done = train("--config", config, "--train.steps", steps, launcher=launcher)
         assert done.returncode == 0, done.stderr
+    assert checkpoint.list_steps(base / "two" / "checkpoints") == [
+        5,
+        6,
+    ]  # any time is more than a billionth of a minute
     one, two = state(base / "whole", 6), state(base / "two", 6)
     assert one.keys() == two.keys()
     for name, value in one.items():

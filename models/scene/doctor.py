@@ -10,7 +10,10 @@ import torch
 
 NEEDED = {"trimesh": "GLB, OBJ and PLY", "xatlas": "textures", "fast_simplification": "fewer triangles"}
 VIDEO = {"imageio": "the turntable", "imageio_ffmpeg": "the turntable"}
-OPTIONAL = {"tinycudann": "method.field.fused: the hash grid's kernel, CUDA only"}
+OPTIONAL = {
+    "tinycudann": "method.field.fused: the hash grid's kernel, CUDA only",
+    "nvdiffrast": "taken by the rasteriser, CUDA only; licensed for research and evaluation only",
+}
 
 
 @dataclass(frozen=True)

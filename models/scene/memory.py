@@ -9,23 +9,28 @@ SHARE = 0.6
 """Of the free memory that rendering may take."""
 FEWEST = 8
 """Samples a ray below which a picture is no good."""
+RAY_BYTES = 4 * 128
+"""What a ray takes beside its samples, with the backdrop behind it."""
 
 
 def point_bytes(field: FieldSizes) -> int:
-    """What one sample keeps for the backward pass, with its gradients: features, decoder, place, colour."""
+    """The most that one sample takes at a time, with what it keeps for the backward pass: while its features are made,
+    in the decoder, or on the way back through it. Counted in floats of torch's operators; tiny-cuda-nn takes less."""
+    wide, channels, levels = field.width, field.channels, field.levels
     match field.kind:
         case "triplane":
-            features = 4 * field.channels + 2 * field.width
+            floats = 24 + max(5 * channels, 4 * channels + 2 * wide, channels + 3 * wide - 16)
         case "voxels":
-            features = 8
+            floats = 28
         case "hash":
-            features = field.levels * (8 * 5 + 2) + 2 * field.width
-    return 4 * 2 * (features + 32)
+            floats = max(18 * levels + max(120, 3 * wide), 20 * levels + 2 * wide + 18, 22 * levels + 70)
+    return 4 * floats
 
 
 def rendering_bytes(field: FieldSizes, views: int, size: int, samples: int) -> int:
-    """Of ``views`` pictures of ``size`` x ``size`` with no cell known to be empty, as in the first steps."""
-    return views * size**2 * samples * point_bytes(field)
+    """Of ``views`` pictures of ``size`` x ``size`` with no cell known to be empty, as in the first steps, and every ray
+    through the box; parameters and their gradients aside."""
+    return views * size**2 * (samples * point_bytes(field) + RAY_BYTES)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -47,7 +52,8 @@ def fitting_samples(field: FieldSizes, views: int, size: int, samples: int, free
     """
     if free is None:
         return samples
-    fitting = min(samples, int(SHARE * free) // rendering_bytes(field, views, size, 1))
+    rays = views * size**2
+    fitting = min(samples, (int(SHARE * free) // rays - RAY_BYTES) // point_bytes(field))
     if fitting < FEWEST:
         need = rendering_bytes(field, views, size, FEWEST) / SHARE / 2**30
         raise UserError(

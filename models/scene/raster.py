@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.scene import nvdiffrast_backend
 from models.scene.cameras import Camera
 from models.scene.mesh import Mesh
 
@@ -110,11 +111,8 @@ def _distance(points: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return ((points - foot).square().sum(-1) + 1e-12).sqrt()
 
 
-def rasterise(mesh: Mesh, attributes: Tensor, camera: Camera, size: int, smooth: bool = True) -> Raster:
-    """One view of ``mesh`` with ``attributes`` (V, C) at its vertices; differentiable in both.
-
-    Without ``smooth`` coverage is 0 or 1 and has no gradient.
-    """
+def _draw(mesh: Mesh, attributes: Tensor, camera: Camera, size: int, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Attributes (C, H, W), coverage (1, H, W) and visible faces (H, W)."""
     places, depth = project(mesh.vertices, camera, size)
     visible = visible_faces(places, depth, mesh.faces, size)
     pixels = (visible >= 0).nonzero().squeeze(1)
@@ -124,12 +122,26 @@ def rasterise(mesh: Mesh, attributes: Tensor, camera: Camera, size: int, smooth:
     weights = weights / weights.sum(1, keepdim=True)
     values = (attributes[corners] * weights[..., None]).sum(1)
     image = values.new_zeros(size**2, attributes.shape[1]).index_put((pixels,), values)
-    image = image.T.view(-1, size, size)
-    covered = (visible >= 0).to(image.dtype).view(size, size)
-    if not smooth or not len(pixels):
-        return Raster(image, covered[None], visible.view(size, size))
-    coverage = _coverage(places, mesh.faces, covered)
+    coverage = (visible >= 0).to(image.dtype).view(size, size)
+    if smooth and len(pixels):
+        coverage = _coverage(places, mesh.faces, coverage)
+    return image.T.view(-1, size, size), coverage.view(1, size, size), visible.view(size, size)
+
+
+def _continued(image: Tensor, covered: Tensor) -> Tensor:
+    """Attributes (C, H, W), where nothing is ``covered`` (H, W) the mean of the covered neighbours."""
     total = F.avg_pool2d(image[None], 3, 1, 1, divisor_override=1)[0]
-    count = F.avg_pool2d(covered[None, None], 3, 1, 1, divisor_override=1)[0]
-    image = torch.where(covered > 0, image, total / count.clamp(min=1))
-    return Raster(image, coverage.view(1, size, size), visible.view(size, size))
+    count = F.avg_pool2d(covered.to(image.dtype)[None, None], 3, 1, 1, divisor_override=1)[0]
+    return torch.where(covered, image, total / count.clamp(min=1))
+
+
+def rasterise(mesh: Mesh, attributes: Tensor, camera: Camera, size: int, smooth: bool = True) -> Raster:
+    """One view of ``mesh`` with ``attributes`` (V, C) at its vertices; differentiable in both, and never in bfloat16.
+
+    Without ``smooth`` coverage is 0 or 1 and has no gradient, and attributes end with it. On CUDA nvdiffrast's kernels
+    do the work where they are installed.
+    """
+    with torch.autocast(mesh.vertices.device.type, enabled=False):
+        fast = mesh.vertices.is_cuda and len(mesh.faces) > 0 and nvdiffrast_backend.usable()
+        image, coverage, faces = (nvdiffrast_backend.draw if fast else _draw)(mesh, attributes, camera, size, smooth)
+        return Raster(_continued(image, faces >= 0) if smooth else image, coverage, faces)
