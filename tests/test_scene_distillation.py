@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill import rows
 from distill.methods.base import Turn
-from distill.methods.scene_distillation import Prompts, SceneDistillation, posterior_mean, view_word
+from distill.methods.scene_distillation import Prompts, SceneDistillation, view_word
 from distill.settings import DiffInstruct, SceneStage
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
@@ -20,7 +20,7 @@ from models.scene.backdrops import Plain
 from models.scene.cameras import Camera, Orbit, camera_to_world
 from models.scene.critic import LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
-from models.scene.particles import Fields, Views
+from models.scene.particles import Fields, Views, posterior_mean
 from models.seeds import Draws, mix
 from models.teachers import load
 from models.teachers.sana import SanaSpec
