@@ -34,7 +34,7 @@ class Exported:
             (part,) = trimesh.load_scene(path).geometry.values()
             picture = np.asarray(part.visual.material.baseColorTexture.convert("RGB"), dtype=np.float32) / 255
             uv = torch.tensor(np.asarray(part.visual.uv), dtype=torch.float32)
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{path} is not one mesh with a texture ({reason}): export the scene again") from error
         mesh = Mesh(torch.tensor(np.asarray(part.vertices), dtype=torch.float32), torch.tensor(np.asarray(part.faces)))

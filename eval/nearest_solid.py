@@ -117,16 +117,21 @@ def solid_outlines(solid: solids.Solid, cameras: Sequence[Camera], size: int) ->
     heading = heading.flatten(0, 1)[meets]
     at, leave = middle - half, middle + half
     seen = torch.zeros(len(cameras) * size**2, dtype=torch.bool)
-    for _ in range(8):
-        for _ in range(4):
-            distance = solids.unit_sdf(solid.shape, torch.addcmul(start, heading, at[:, None]))
-            at = at + distance
+    distance = solids.unit_sdf(solid.shape, torch.addcmul(start, heading, at[:, None]))
+    step = distance
+    for _ in range(32):
+        at = at + step
+        before, distance = distance, solids.unit_sdf(solid.shape, torch.addcmul(start, heading, at[:, None]))
+        # Along a ray the distance to what is convex is convex, so the secant's zero is not beyond the surface.
+        slope = (distance - before) / step
+        far = torch.where(slope < 0, -distance / slope, torch.inf) if solid.shape != "torus" else distance
         touched = distance < 1e-3
         seen[meets[touched]] = True
-        live = (~touched & (at < leave)).nonzero().squeeze(1)
+        live = (~touched & (at + far < leave)).nonzero().squeeze(1)
         if not len(live):
             break
         meets, start, heading, at, leave = meets[live], start[live], heading[live], at[live], leave[live]
+        distance, step = distance[live], torch.maximum(far, distance)[live]
     return seen.view(len(cameras), size, size)
 
 
