@@ -287,18 +287,21 @@ def test_front_twice_is_what_clip_says_of_the_views(scene: Path, tmp_path: Path)
 
 
 def test_several_seeds_have_a_table_and_a_contact_sheet(scene: Path, tmp_path: Path):
-    folders = tuple(tmp_path / f"seed-{seed}/a-red-sphere" for seed in range(2))
+    """Of what is no solid: no truth, no variants."""
+    folders = tuple(tmp_path / f"seed-{seed}/a-red-sphere" for seed in range(3))
     for folder in folders:
         shutil.copytree(scene, folder)
+        description = folder / "volume/student/scene.json"
+        description.write_text(description.read_text().replace('"studio"', '"white"'))
     output = tmp_path / "seeds"
     command.Options(folders, fake_score=False, output=output).run()
     result = json.loads((output / "report.json").read_text())
     found = result["diversity"]["a photo of a red sphere"]
-    assert found["seeds"] == 2 and found["modes"] == 1 and found["picture_distance"] == pytest.approx(0, abs=1e-4)
-    assert found["claim"] and len(result["scenes"]) == 2 and "fake_score_error" not in result["mean"]
-    assert Image.open(output / "contact_sheet.png").size == (COLUMNS * THUMB, 2 * THUMB)
+    assert found["seeds"] == 3 and found["modes"] is None and found["picture_distance"] == pytest.approx(0, abs=1e-4)
+    assert found["claim"] and len(result["scenes"]) == 3 and set(result["mean"]) == {"glb_psnr", "glb_iou"}
+    assert Image.open(output / "contact_sheet.png").size == (COLUMNS * THUMB, 3 * THUMB)
     page = (output / "report.html").read_text()
-    assert "seed-1/a-red-sphere" in page and "No claim below 8 seeds" in page and page.count("<svg") == 2
+    assert "seed-2/a-red-sphere" in page and "No claim below 8 seeds" in page and page.count("<svg") == 3
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
 
