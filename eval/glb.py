@@ -56,7 +56,11 @@ class Exported:
             lamp = F.normalize(torch.stack([angle.sin(), torch.tensor(1.3), angle.cos()]), dim=0)
             normal = F.normalize(raster.attributes[2:], dim=0, eps=1e-6)
             colour = colour * (0.72 + 0.28 * (normal * lamp[:, None, None]).sum(0).clamp(min=0))
-        return colour, raster.coverage[0]
+        # Beyond the outline go on with colours, not places: those of two charts have another one between them.
+        seen = (raster.faces >= 0).float()[None]
+        total = F.avg_pool2d((colour * seen)[None], 3, 1, 1, divisor_override=1)[0]
+        count = F.avg_pool2d(seen[None], 3, 1, 1, divisor_override=1)[0]
+        return torch.where(seen > 0, colour, total / count.clamp(min=1)), raster.coverage[0]
 
 
 def on_white(colours: Tensor, coverage: Tensor) -> Tensor:

@@ -108,6 +108,20 @@ def test_one_colour_in_front_and_another_behind_is_no_agreement():
     assert scores["view_agreement"] < 0.8 and scores["colour_right"] < 0.8 and scores["shape_right"] == 1.0
 
 
+def test_nothing_of_a_texture_is_seen_but_what_the_charts_show():
+    """Two charts, both red, and blue between them on the texture."""
+    ball = exported(solid_of("sphere"), cells=20)
+    count = len(ball.mesh.faces)
+    corners = Mesh(ball.mesh.vertices[ball.mesh.faces].flatten(0, 1), torch.arange(3 * count).view(-1, 3))
+    u = (0.05 + 0.9 * (torch.arange(count) % 2).float()).repeat_interleave(3)
+    texture = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).repeat(1, 1, 10)
+    texture[:, :, 3:7] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1)
+    colours, coverage = Exported(corners, torch.stack([u, 0 * u + 0.5], 1), texture).views(ORBIT.turntable(2), 48)
+    partial = (coverage > 0) & (coverage < 1)
+    assert int(partial.sum()) > 50
+    assert float(colours[:, 2][coverage > 0].max()) < 1e-3 and float(colours[:, 0][coverage > 0].min()) > 0.99
+
+
 def test_psnr_and_chamfer_are_their_formulas():
     assert psnr(torch.tensor(0.01)) == pytest.approx(20) and psnr(torch.tensor(0.0)) == 60
     assert psnr(torch.tensor(0.04)) == pytest.approx(psnr(torch.tensor(0.01)) - 20 * math.log10(2))
