@@ -181,9 +181,11 @@ def stage_settings(name: str, fake: str) -> dict[str, Any]:
     }
 
 
-def save_scene(path: Path, teacher: Path, sentence: str = "a photo of a red sphere", strength: float = 40.0) -> Path:
+def save_scene(path: Path, teacher: Path) -> Path:
     """A volume stage's folder as a run leaves it, with its files; its critic is new."""
-    scene = saved.Scene("a red sphere", sentence, 1, ORBIT, BOX, Blob(strength, 0.5), FieldSizes(side=8), "studio", 24)
+    scene = saved.Scene(
+        "a red sphere", "a photo of a red sphere", 1, ORBIT, BOX, Blob(40.0, 0.5), FieldSizes(side=8), "studio", 24
+    )
     torch.manual_seed(0)
     stage = path / "volume"
     saved.save(stage / "student", scene, scene.new().tensors(), "card")
@@ -290,7 +292,7 @@ def test_front_twice_is_what_clip_says_of_the_views(scene: Path, tmp_path: Path)
     clip, made = CLIP(str(save_clip(tmp_path / "clip"))), Exported.read(scene / "student/model.glb")
     found = judge_clip(made, clip, "a photo of a red sphere", [], ORBIT)
     texts = clip.texts([f"a photo of a red sphere, {view} view" for view in ("front", "back")])
-    fronts = {"front": [], "back": [], "side": []}
+    fronts: dict[str, list[bool]] = {"front": [], "back": [], "side": []}
     cameras = ORBIT.turntable(CLIP_VIEWS)
     for camera, picture in zip(cameras, to_pictures(on_white(*made.views(cameras, 224))), strict=True):
         similar = clip.pictures([picture]) @ texts.T
