@@ -160,7 +160,7 @@ def _links(shown: Shown, output: Path) -> list[dict[str, str]]:
     return [{"href": relative(path), "name": path.name} for path in found]
 
 
-def _section(shown: Shown, output: Path, number: int, many: bool) -> dict[str, Any]:
+def _section(shown: Shown, strip: Sequence[Tensor], output: Path, number: int, many: bool) -> dict[str, Any]:
     scores = [
         {"title": title, "value": _shown_value(key, shown.scores[key]), "meaning": meaning}
         for key, (title, meaning) in MEANINGS.items()
@@ -169,7 +169,7 @@ def _section(shown: Shown, output: Path, number: int, many: bool) -> dict[str, A
     return {
         "name": shown.name,
         "prompt": shown.scores["prompt"],
-        "strip": _png(joined(shown.strip(SIDE))),
+        "strip": _png(joined(strip)),
         "truth": None if shown.truth is None else f"{shown.truth.colour} {shown.truth.shape}",
         "scores": scores,
         "fake_score": shown.scores.get("fake_score", {}),
@@ -193,8 +193,10 @@ def write(result: dict[str, Any], shown: Sequence[Shown], output: Path) -> Path:
     """Write report.html and report.json into ``output``, with several particles contact_sheet.png; returns the page."""
     output.mkdir(parents=True, exist_ok=True)
     many, sheet = len(shown) > 1, None
+    strips = [each.strip(SIDE) for each in shown]
     if many:
-        sheet = joined([each.strip(THUMB)[0] for each in shown[:ROWS]])
+        small = lambda row: F.interpolate(row, (THUMB, THUMB), mode="bilinear", antialias=True)
+        sheet = joined([small(strip[0]) for strip in strips[:ROWS]])
         with replace_file(output / "contact_sheet.png") as temporary:
             sheet.save(temporary, "PNG")
     replace_text(output / "report.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -202,7 +204,10 @@ def write(result: dict[str, Any], shown: Sequence[Shown], output: Path) -> Path:
         pages()
         .get_template("scene.html")
         .render(
-            sections=[_section(each, output, number + 1, many) for number, each in enumerate(shown)],
+            sections=[
+                _section(each, strip, output, number, many)
+                for number, (each, strip) in enumerate(zip(shown, strips, strict=True), 1)
+            ],
             table=_table(result, shown) if many else None,
             sheet=None if sheet is None else _png(sheet),
             rows=min(len(shown), ROWS),
