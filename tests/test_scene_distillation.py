@@ -8,12 +8,13 @@ from torch import Tensor
 
 from distill.exact_scene import distillation, new_fields, sds
 from distill.methods.base import Turn
-from distill.methods.scene_distillation import posterior_mean, view_word
+from distill.methods.scene_distillation import view_word
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.scene import captions, solids
 from models.scene.cameras import Camera, camera_to_world
 from models.scene.critic import LoRACritic
+from models.scene.particles import posterior_mean
 from models.seeds import Draws, mix
 from models.teachers import load
 from models.teachers.sana import SanaSpec

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.scene import fit, inside_mesh
 from models.errors import UserError
 from models.scene import export, nvdiffrast_backend, saved
 from models.scene.cameras import Camera, Orbit
@@ -253,20 +252,3 @@ def test_files_reload_with_texture_and_video(tmp_path: Path):
 def test_a_folder_without_a_scene_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="holds no scene"):
         saved.read(tmp_path)
-
-
-@pytest.mark.parametrize("shape", ["cube", "cone", "torus"])
-def test_a_solid_is_found_again(shape: str):
-    """Points inside a mesh, and the solid that fits them, are those that it was made from."""
-    from models.scene.solids import Solid
-
-    solid = Solid(shape, "red", (0.1, -0.2, 0.05), 0.7, yaw=25.0, tilt=50.0 if shape == "torus" else 0.0)
-    box, cells = Box(), 28
-    places = lattice(cells)
-    distance = solid.sdf(places)
-    mesh = marching_tetrahedra(places, distance, tetrahedra(cells))
-    inside = inside_mesh(mesh, box, cells)
-    assert float((inside != (distance < 0)).float().mean()) < 2e-3
-    values, overlap = fit(shape, places, inside)
-    assert overlap > 0.93
-    torch.testing.assert_close(values[:4], torch.tensor([0.7, 0.1, -0.2, 0.05]), atol=0.03, rtol=0)

@@ -16,6 +16,7 @@ from distill import build_scene
 from distill.run import dry_run
 from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
+from eval.scene import Options
 from models.errors import UserError
 from models.scene.memory import SHARE, rendering_bytes
 from tests import families
@@ -97,6 +98,17 @@ def test_one_command_makes_all_files(base: Path):
     before = tensors(scene / "volume")
     assert int(before["student/model/occupancy.0.updates"]) == 1  # after 16 steps
     assert sum(".adapter." in key for key in before) == 32
+
+
+def test_a_run_is_judged_from_its_folder(base: Path):
+    """Its critics against the exact scores, its file against its particle, a page."""
+    folder = base / "whole/a-red-cube"
+    Options((folder,), output=base / "report").run()
+    (found,) = json.loads((base / "report/report.json").read_text())["scenes"]
+    assert list(found["fake_score"]) == ["volume", "texture"]  # the geometry stage has no critic
+    for bins in found["fake_score"].values():
+        assert all(0 < row["relative"] < 2 and row["relative"] != 1 for row in bins)
+    assert found["glb_psnr"] > 20 and found["prompt"] == "a red cube" and (base / "report/report.html").is_file()
 
 
 KILLED = """

@@ -29,7 +29,7 @@ from models.denoiser import Guided
 from models.process import expand_to
 from models.scene.cameras import Camera, Orbit, camera_to_world
 from models.scene.critic import LoRACritic
-from models.scene.particles import Drawn, Generator, Views
+from models.scene.particles import Drawn, Generator, Views, posterior_mean
 from models.seeds import Draws
 
 
@@ -63,14 +63,6 @@ class Progress(nn.Module):
     @property
     def share(self) -> float:
         return int(self.steps) / self.total
-
-
-def posterior_mean(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """E[x0 | x_t] (B, C, H, W) where x0 is one of ``x0`` (B, n, C, H, W), each as likely: the exact denoiser of n
-    particles seen from one camera. With n = 1 it is that one, exactly."""
-    alpha, sigma = expand_to(alpha, x0), expand_to(sigma, x0)
-    distance = ((x_t[:, None] - alpha * x0) ** 2 / (2 * sigma**2)).flatten(2).sum(2)
-    return (expand_to((-distance).softmax(1), x0) * x0).sum(1)
 
 
 class SceneDistillation(DistributionMatching):

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from models.process import expand_to
 from models.scene.backdrops import Backdrop
 from models.scene.cameras import Camera, rays
 from models.scene.fields import Field
@@ -68,6 +69,14 @@ def binary_entropy(p: Tensor) -> Tensor:
     """Of probabilities, in nats; finite with its slope at 0 and 1."""
     p = p.clamp(1e-4, 1 - 1e-4)
     return -(p * p.log() + (1 - p) * (1 - p).log())
+
+
+def posterior_mean(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x_t] (B, C, H, W) where x0 is one of ``x0`` (B, n, C, H, W), each as likely: the exact denoiser of n
+    particles seen from one camera. With n = 1 it is that one, exactly."""
+    alpha, sigma = expand_to(alpha, x0), expand_to(sigma, x0)
+    distance = ((x_t[:, None] - alpha * x0) ** 2 / (2 * sigma**2)).flatten(2).sum(2)
+    return (expand_to((-distance).softmax(1), x0) * x0).sum(1)
 
 
 class Fields(Generator):
