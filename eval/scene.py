@@ -76,7 +76,7 @@ def _particle(model: Path) -> int:
 
 
 def _stages(path: Path) -> list[Path]:
-    """Stage folders that have ended, in the order of the settings; UserError if there are none."""
+    """Stage folders that have ended, each behind the one that it starts from; UserError if there are none."""
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")
     found = [stage.parent.parent for stage in path.glob("*/student/scene.json")]
@@ -84,13 +84,20 @@ def _stages(path: Path) -> list[Path]:
         raise UserError(
             f"{path} holds no stage of text to 3D: give OUTPUT/PROMPT of a run, e.g. runs/vsd_3d/a-red-cube"
         )
-    try:
-        config = yaml.safe_load((found[0] / "config.yaml").read_text())
-        order = [stage["name"] for stage in config["method"]["stages"]]
-        return sorted(found, key=lambda stage: order.index(stage.name))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{found[0]}/config.yaml is not that of this scene's stages: {reason}") from error
+    before: dict[str, Path] = {}
+    for stage in found:
+        try:
+            start = yaml.safe_load((stage / "config.yaml").read_text())["method"]["start"]
+            before[Path(start).name if start else ""] = stage
+        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{stage}/config.yaml is not that of a stage of text to 3D: {reason}") from error
+    order: list[Path] = []
+    while (name := order[-1].name if order else "") in before:
+        order.append(before.pop(name))
+    if before:
+        raise UserError(f"{path}: the stages {', '.join(stage.name for stage in found)} do not start from each other")
+    return order
 
 
 @dataclass

@@ -162,10 +162,8 @@ class SceneDistillation(DistributionMatching):
             total = lw * super().surrogate(*values)
         if pw:
             with torch.no_grad():
-                teacher = self.decode(teacher_x0).clamp(-1, 1)
-                critic = self._drawn.detach() if (critic_x0 is x0 or self.stage.fake == "noise") else self.decode(critic_x0).clamp(-1, 1)
-            if (m := self.stage.sds_share) and self.stage.fake == "lora":
-                critic = torch.lerp(critic, self._drawn.detach(), m)
+                teacher, critic = (self.decode(x).clamp(-1, 1) for x in (teacher_x0, critic_x0))
+                critic = torch.lerp(critic, self._drawn, self.stage.sds_share)
             total = total + pw * losses.score_surrogate(self._drawn, teacher, critic, alpha, sigma, k0, weight=weight)
         return total
 
