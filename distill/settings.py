@@ -665,9 +665,11 @@ class SceneStage(Schema):
     """The particles' score: that of one sample (SDS), a trained critic (VSD), or the exact one of all particles."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale; null: the teacher's."""
-    latent_weight: float = 1.0
-    picture_weight: float = 0.0
-    sds_share: float = 0.0
+    latents: float = Field(default=1.0, ge=0)
+    """Weight of the row's loss, which is in the teacher's latents."""
+    pictures: float = Field(default=0.0, ge=0)
+    """Weight of SDS in pictures (HiFA, arXiv 2305.18766): half the squared distance, over all pixels, to the decoded
+    picture that the teacher sees in the noised one. Smooth and rightly coloured, but it evens out what views differ in."""
     anneal: Anneal = Anneal()
     """How the noise levels fall."""
     resolutions: list[tuple[float, int]] = Field(default=[(0.0, 64)], min_length=1)
@@ -695,6 +697,8 @@ class SceneStage(Schema):
 
     @model_validator(mode="after")
     def _fake_fits(self) -> Self:
+        if self.latents == 0 and self.pictures == 0:
+            raise ValueError("latents, pictures: one of them must be above 0")
         if self.fake != "lora" and self.matching.kind != "diff_instruct":
             raise ValueError(f"fake: {self.matching.kind} needs a trained critic: choose lora")
         return self
@@ -762,7 +766,8 @@ class SceneDistillation(Schema):
         kinds = [stage.kind for stage in self.stages]
         if self.stage is not None:
             return self
-        if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=list(("volume", "geometry", "texture")).index):
+        order = ["volume", "geometry", "texture"]
+        if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=order.index):
             raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
         for name in (self.only, self.stage):
             if name is not None and name not in names:

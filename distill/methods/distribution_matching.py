@@ -100,8 +100,10 @@ class DistributionMatching:
             products = losses.score_products(x0, teacher_x0, critic_x0, alpha, sigma)
             coefficients = self.row.coefficients(r, *products, alpha / sigma**2)
         k0, k1, k2 = (k / scale if isinstance(k, Tensor) else k for k in coefficients)
-        weight = self._time_weight(u, alpha, sigma)
-        matching = self.surrogate(x0, teacher_x0, critic_x0, alpha, sigma, k0, k1, k2, weight).mean()
+        weight, normalizer = self._time_weight(u, alpha, sigma), settings.normalizer
+        matching = losses.score_surrogate(
+            x0, teacher_x0, critic_x0, alpha, sigma, k0, k1, k2, weight=weight, normalizer=normalizer
+        ).mean()
         loss = matching
         logs["matching"] = matching.detach()
         logs["teacher_critic_distance"] = self._binned((teacher_x0 - critic_x0).detach().flatten(1).norm(dim=1), u)
@@ -111,10 +113,6 @@ class DistributionMatching:
             loss = loss + self.gan.weight * adversarial
             logs["adversarial"] = adversarial.detach()
         return loss, logs
-
-    def surrogate(self, *values: Tensor | float) -> Tensor:
-        """The arguments of :func:`distill.losses.score_surrogate`, up to the weight; (B,)."""
-        return losses.score_surrogate(*values, normalizer=self.settings.normalizer)  # type: ignore[arg-type]
 
     def _student_samples(self, z: Tensor, cond: Condition, turn: Turn) -> tuple[Tensor, Tensor]:
         """Samples for ``z``, and the regression term of the pairs, from one call of the student."""

@@ -106,7 +106,7 @@ class SceneDistillation(DistributionMatching):
         )
         self.stage, self.generator, self.prompts, self.orbit = stage, generator, prompts, orbit
         self.particles, self.picture, self.encode, self.camera_dropout = particles, picture, encode, camera_dropout
-        self.decode, self._drawn = decode, torch.empty(0)
+        self.decode, self._denoised = decode, torch.empty(0)
         self.progress = Progress(steps)
         self.buffers["progress"] = self.progress
         self.critic_turns = stage.matching.critic_turns if critic is not None or discriminator is not None else 0
@@ -137,14 +137,21 @@ class SceneDistillation(DistributionMatching):
         u = self.annealed(draws.uniform())
         noise = draws.normal(*self.shape)
         drawn = cast(Drawn, self.networks["student"](views))
-        self._drawn = self.resized(drawn.images)
-        x0 = self.encode(self._drawn)
+        pictures = self.resized(drawn.images)
+        with torch.set_grad_enabled(self.stage.latents > 0):
+            x0 = self.encode(pictures)
         device = x0.device
         cond = replace(self.prompts.teacher(list(views.cameras)), camera=camera_to_world(views.cameras).flatten(1))
         cond = cond.to(device)
         self._samples[turn.micro] = (x0.detach(), cond)
         self._others = self.all_particles(views, x0.detach()) if self.stage.fake == "exact" else None
-        loss, logs = self.matching(x0, cond, u, noise)
+        matching, logs = self.matching(x0, cond, u, noise)
+        loss = self.stage.latents * matching
+        if self.stage.pictures:
+            with torch.no_grad():
+                target = self.decode(self._denoised).clamp(-1, 1)
+            logs["picture_distance"] = (pictures.detach() - target).square().mean()
+            loss = loss + self.stage.pictures * 0.5 * losses.per_sample((pictures - target) ** 2).mean()
         for name, value in drawn.terms.items():
             logs[name] = value.detach()
             if weight := getattr(weights, name, 0.0):
@@ -153,19 +160,6 @@ class SceneDistillation(DistributionMatching):
         if turn.micro == 0:
             self.progress.steps += 1
         return loss, logs
-
-    def surrogate(self, *values: Tensor | float) -> Tensor:
-        x0, teacher_x0, critic_x0, alpha, sigma, k0, _, _, weight = values
-        lw, pw = self.stage.latent_weight, self.stage.picture_weight
-        total = 0.0
-        if lw:
-            total = lw * super().surrogate(*values)
-        if pw:
-            with torch.no_grad():
-                teacher, critic = (self.decode(x).clamp(-1, 1) for x in (teacher_x0, critic_x0))
-                critic = torch.lerp(critic, self._drawn, self.stage.sds_share)
-            total = total + pw * losses.score_surrogate(self._drawn, teacher, critic, alpha, sigma, k0, weight=weight)
-        return total
 
     def annealed(self, u: Tensor) -> Tensor:
         """``u`` in the part of [0, 1) that the noise levels are drawn from at this step."""
@@ -195,6 +189,7 @@ class SceneDistillation(DistributionMatching):
 
     def _judge(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
         teacher_x0, critic_x0, logit = super()._judge(x0, x_t, t, cond)
+        self._denoised = teacher_x0.detach()
         if self._others is not None:
             critic_x0 = posterior_mean(x_t.detach(), self._others, self.process.alpha(t), self.process.sigma(t))
         return teacher_x0, critic_x0, logit
