@@ -19,7 +19,7 @@ from distill import rows
 from distill.methods.base import Turn
 from distill.methods.scene_distillation import Prompts, SceneDistillation
 from distill.settings import Anneal, DiffInstruct, SceneStage
-from eval.scene import mask_iou
+from eval.nearest_solid import iou
 from models.condition import Condition
 from models.denoiser import Guided
 from models.errors import run_command
@@ -73,12 +73,15 @@ def new_fields(particles: int = 1) -> Fields:
     return Fields([sizes.new(Box(), Blob()) for _ in range(particles)], Plain((WHITE, WHITE, WHITE)), SAMPLES)
 
 
-def distillation(fake: str, fields: Fields, particles: int = 1, steps: int = 100) -> SceneDistillation:
-    """A volume stage in pixels; ``fake`` is ``noise`` or ``exact``."""
+def distillation(
+    fake: str, fields: Fields, particles: int = 1, steps: int = 100, weights: tuple[float, float] = (1.0, 0.0)
+) -> SceneDistillation:
+    """A volume stage in pixels; ``fake`` is ``noise`` or ``exact``, ``weights`` those of latents and of pictures."""
     matching = DiffInstruct.model_validate({"noise_levels": {"kind": "grid", "low": 0.02, "high": 0.98}})
     stage = SceneStage.model_validate(
         {"name": "volume", "kind": "volume", "share": 1.0, "fake": fake, "matching": matching, "samples": SAMPLES}
         | {"resolutions": [(0.0, SIZE)], "anneal": Anneal(at=0.4, to=0.5)}
+        | {"latents": weights[0], "pictures": weights[1]}
     )
     shape = (3, SIZE, SIZE)
     return SceneDistillation(
@@ -124,7 +127,9 @@ def sds(steps: int = 250) -> Found:
         drawn = fields(Views.plain(cameras, 0, SIZE))
     truth, mask = true_views(cameras)
     psnr = -10 * ((drawn.images - truth) / 2).square().mean((1, 2, 3)).log10()
-    return Found(float(mask_iou(drawn.opacity[:, 0] > 0.5, mask).mean()), float(psnr.mean()), seconds)
+    return Found(
+        float(iou((drawn.opacity[:, 0] > 0.5).flatten(1), mask.flatten(1)).mean()), float(psnr.mean()), seconds
+    )
 
 
 @dataclass(frozen=True)

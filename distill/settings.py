@@ -669,7 +669,7 @@ class SceneStage(Schema):
     """Weight of the row's loss, which is in the teacher's latents."""
     pictures: float = Field(default=0.0, ge=0)
     """Weight of SDS in pictures (HiFA, arXiv 2305.18766): half the squared distance, over all pixels, to the decoded
-    picture that the teacher sees in the noised one. Smooth and rightly coloured, but it evens out what views differ in."""
+    picture that the teacher sees in the noised one. Smooth and of the right colour; what views differ in is evened."""
     anneal: Anneal = Anneal()
     """How the noise levels fall."""
     resolutions: list[tuple[float, int]] = Field(default=[(0.0, 64)], min_length=1)
@@ -748,7 +748,7 @@ class SceneDistillation(Schema):
     critic: SceneCritic = SceneCritic()
     """The fake score."""
     stages: list[SceneStage] = Field(min_length=1)
-    """What is trained, in order; the first one is of kind volume."""
+    """What is trained, in order: those of kind volume, at most one of kind geometry, those of kind texture."""
     only: str | None = None
     """Run this stage alone; null: all."""
     stage: str | None = None
@@ -768,7 +768,10 @@ class SceneDistillation(Schema):
             return self
         order = ["volume", "geometry", "texture"]
         if kinds[0] != "volume" or kinds.count("geometry") > 1 or kinds != sorted(kinds, key=order.index):
-            raise ValueError("stages: first those of kind volume, then at most one of geometry, then texture")
+            raise ValueError(
+                "stages: first those of kind volume, one or more, then at most one of kind geometry, then those of "
+                "kind texture"
+            )
         for name in (self.only, self.stage):
             if name is not None and name not in names:
                 raise ValueError(f"there is no stage {name}; there are {names}")

@@ -18,10 +18,12 @@ from models.scene.fields import Box
 from models.scene.mesh import Mesh, lattice
 from models.scene.raster import barycentric, rasterise
 
-CELLS, SIZE = 40, 64
+CELLS, SIZE = 64, 64
 """Cells a side of the lattice that volumes are compared on, pixels a side of the views."""
-DIRECTIONS = 6
+DIRECTIONS = 16
 """Random ones that are tried beside a solid's own values."""
+GAIN = 5e-4
+"""Of the score, below which a move is not made."""
 STEP = (0.08, 0.04, 0.04, 0.04, 0.12, 0.12)
 """First step in radius, place, yaw and tilt."""
 
@@ -240,7 +242,7 @@ def nearest_solid(shape: str, colour: str, target: Target) -> tuple[solids.Solid
             if float(values[0] + move[0]) <= 0:
                 continue
             found = target.score(solid_at(shape, colour, values + move))
-            if found > best:
+            if found > best + GAIN:
                 best, values, improved = found, values + move, True
         if not improved:
             step = step / 2

@@ -21,9 +21,9 @@ from models.teachers.sana import SanaSpec
 from tests.tiny import save_sana
 
 
-def gradient(fake: str, particles: int) -> Tensor:
+def gradient(fake: str, particles: int, weights: tuple[float, float] = (1.0, 0.0)) -> Tensor:
     fields = new_fields(particles)
-    loss, _ = distillation(fake, fields, particles).student_loss(Turn(0, Draws([3, 4]), None))
+    loss, _ = distillation(fake, fields, particles, weights=weights).student_loss(Turn(0, Draws([3, 4]), None))
     loss.backward()
     return torch.cat([p.grad.flatten() for p in fields.parameters() if p.grad is not None])
 
@@ -32,6 +32,14 @@ def test_exact_vsd_of_one_particle_is_sds():
     """The score of a single particle is that of its own sample, bit for bit; of two it is not."""
     assert torch.equal(gradient("noise", 1), gradient("exact", 1))
     assert not torch.equal(gradient("noise", 2), gradient("exact", 2))
+
+
+def test_in_pixels_sds_is_the_same_in_latents_and_in_pictures():
+    """Where nothing is encoded; the weights add. In pictures highlights beyond 1 are cut off."""
+    latents = gradient("noise", 1)
+    for weights, scale in (((0.0, 1.0), 1), ((0.5, 0.5), 1), ((0.0, 3.0), 3)):
+        difference = gradient("noise", 1, weights) - scale * latents
+        assert difference.norm() < 1e-3 * scale * latents.norm(), weights
 
 
 def test_posterior_mean_is_the_denoiser_of_an_even_mixture():

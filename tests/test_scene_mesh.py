@@ -32,6 +32,16 @@ def scene(strength: float = 40.0) -> saved.Scene:
     )
 
 
+def test_creases_like_flat_sides_with_sharp_edges_better_than_round_ones():
+    """Their mean angle is a box's whole turning over all edges, however it is spread; roughness prefers it spread."""
+    places, cells = lattice(20), tetrahedra(20)
+    box = lambda r: (places.abs() - (0.53 - r)).clamp(min=0).norm(dim=1) - r  # rounded by r
+    sharp, rounded = (marching_tetrahedra(places, box(r), cells) for r in (0.01, 0.3))
+    bumpy = marching_tetrahedra(places, box(0.01) + 0.02 * torch.sin(40 * places).sum(1), cells)
+    assert rounded.roughness() < sharp.roughness() and rounded.creases() > 0.7 * sharp.creases()
+    assert bumpy.creases() > 2 * sharp.creases()
+
+
 def test_tetrahedra_fill_the_box_with_one_hand():
     corners = lattice(3)[tetrahedra(3)]
     volumes = torch.linalg.det(corners[:, 1:] - corners[:, :1]) / 6

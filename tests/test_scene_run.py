@@ -229,12 +229,17 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
     plan = build_scene.runs(config, config.method)
     assert [run.train.steps for run in plan] == [20, 10, 10]
     assert [run.output.name for run in plan] == ["volume", "geometry", "texture"]
+    *kept, last = config.method.stages
+    later = config.method.model_copy(update={"stages": [*kept, last.model_copy(update={"guidance": 3.0})]})
+    assert build_scene.runs(config, later)[:2] == plan[:2]  # what comes later changes nothing for the stages before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": STAGES[1:]}, "first stage is of kind volume"),
+        ({"stages": STAGES[1:]}, "first those of kind volume, one or more"),
+        ({"stages": [STAGES[0], STAGES[2] | {"share": 0.25}, STAGES[1]]}, "at most one of kind geometry"),
+        ({"stages": [STAGES[0] | {"share": 1.0, "latents": 0.0}]}, "one of them must be above 0"),
         ({"only": "mesh"}, "there is no stage mesh"),
         ({"template": "a photo"}, "write {} once"),
         ({"cameras": {"elevation": [20, 10]}}, "elevation: 20 to 10 is no range"),
