@@ -87,9 +87,9 @@ def _stages(path: Path) -> list[Path]:
     before: dict[str, Path] = {}
     for stage in found:
         try:
-            start = yaml.safe_load((stage / "config.yaml").read_text())["method"]["start"]
+            start = yaml.safe_load((stage / "config.yaml").read_text())["method"].get("start")
             before[Path(start).name if start else ""] = stage
-        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{stage}/config.yaml is not that of a stage of text to 3D: {reason}") from error
     order: list[Path] = []

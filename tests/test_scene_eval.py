@@ -355,7 +355,7 @@ def test_mistakes_are_named(broken: Path, tmp_path: Path):
     config.write_text(yaml.safe_dump(settings | {"teacher": settings["teacher"] | {"path": str(tmp_path)}}))
     fails(broken, "no model_index.json")
     config.write_text("method: {stages: 3}\n")
-    fails(broken, "config.yaml is not that of this scene's stages")
+    fails(broken, "config.yaml is not that of a stage of text to 3D")
     config.write_text(yaml.safe_dump(settings))
     (broken / "student/model.glb").write_bytes(b"glTF nothing")
     fails(broken, r"model.glb is not one mesh with a texture", fake_score=False)
