@@ -126,9 +126,8 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     guided = Guided(teacher, config.teacher.guidance if stage.guidance is None else stage.guidance)
     if stage.kind == "volume":
         scene = replace(scene, samples=_samples(config, stage, scene))
-    elif settings.start is not None:
-        scene = replace(scene, samples=saved.read(settings.start / "student")[0].samples)
-    generator = _generator(settings, stage, scene)
+    generator, samples = _generator(settings, stage, scene)
+    scene = replace(scene, samples=samples)
     method = SceneDistillation(
         stage,
         build_row(stage.matching),
@@ -184,24 +183,26 @@ def teacher_samples(
     return Batch(made, cond.to(device))
 
 
-def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> Generator:
-    """The particles at step 0: new fields, or what the stage before left."""
-    if stage.kind == "volume" and settings.start is None:
-        return scene.new()
+def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tuple[Generator, int]:
+    """The particles at step 0, new fields or what the stage before left, and the fields' samples a ray."""
     if settings.start is None:
+        if stage.kind == "volume":
+            return scene.new(), scene.samples
         raise UserError(f"method.start: the stage {stage.name} needs the run folder of the stage before")
     before = settings.start / "student"
-    _, tensors = saved.read(before)
     if stage.kind == "volume":
-        return saved.load_fields(before)[1].train()
+        fields = saved.load_fields(before)[1].train()
+        fields.samples = scene.samples
+        return fields, fields.samples
     if stage.kind == "texture":
-        return Texture(*saved.load_meshes(before)[1:], stage.picture)
-    if "mesh.0.vertices" in tensors:
+        _, meshes, fields = saved.load_meshes(before)
+        return Texture(meshes, fields, stage.picture), fields.samples
+    if "mesh.0.vertices" in saved.read(before)[1]:
         raise UserError(f"method.stages: {stage.name} is of kind geometry and starts from a stage of kind volume")
     _, fields = saved.load_fields(before)
     threshold = settings.export.threshold
     levels = [threshold or find_threshold(fields, index, scene.orbit) for index in range(scene.particles)]
-    return Geometry(fields, levels, stage.tetrahedra, stage.picture)
+    return Geometry(fields, levels, stage.tetrahedra, stage.picture), fields.samples
 
 
 def write_files(config: Config, settings: Settings) -> None:

@@ -13,12 +13,15 @@ import yaml
 from safetensors.torch import load_file
 
 from distill import build_scene
+from distill.methods.scene_distillation import SceneDistillation
 from distill.run import dry_run
 from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
 from eval.scene import Options
 from models.errors import UserError
 from models.scene.memory import SHARE, rendering_bytes
+from models.scene.particles import Fields
+from models.scene.saved import SceneSpec
 from tests import families
 from tests.tiny import ROOT, environment, save_sana, train
 
@@ -218,6 +221,19 @@ def test_other_rows_of_the_table_make_scenes_too(base: Path, kind: str):
     after = trainer.bare["student"].state_dict()
     assert any(not torch.equal(value, after[key]) for key, value in before.items())
     assert ("discriminator" in trainer.bare) == (kind != "sim") and int(trainer.bad_steps[2]) == 0
+
+
+def test_a_second_volume_stage_goes_on_with_its_own_samples(base: Path):
+    """What fits at its size is what its rays have, whatever the stage before had."""
+    config, _ = parse(["--config", str(write(base, base / "teacher", "whole"))])
+    assert isinstance(config.method, Settings)
+    volume, *_ = config.method.stages
+    refine = volume.model_copy(update={"name": "refine", "samples": volume.samples + 3})
+    plan = build_scene.runs(config, config.method.model_copy(update={"stages": [volume, refine]}))
+    assert isinstance(plan[1].method, Settings) and plan[1].method.start == base / "whole/a-red-cube/volume"
+    method, spec = build_scene.build_stage(plan[1], plan[1].method)
+    assert isinstance(method, SceneDistillation) and isinstance(method.generator, Fields)
+    assert isinstance(spec, SceneSpec) and spec.scene.samples == method.generator.samples == volume.samples + 3
 
 
 def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
