@@ -1,5 +1,6 @@
 """Triangle meshes: marching tetrahedra on a grid, normals, the outer hull of a field."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -48,16 +49,20 @@ class Mesh:
         same = keys[order][1:] == keys[order][:-1]
         return torch.stack([owner[:-1][same], owner[1:][same]], 1)
 
+    @functools.cached_property
+    def bends(self) -> Tensor:
+        """(E,): squared length of the difference of neighbouring faces' normals, which is 2 (1 - cosine)."""
+        normals, pairs = self.face_normals(), self.neighbours()
+        return (normals[pairs[:, 0]] - normals[pairs[:, 1]]).square().sum(1)
+
     def creases(self) -> Tensor:
         """Angle between neighbouring faces' normals as the length of their difference, averaged: the total variation
         of the normals, which leaves flat sides flat and edges sharp; a scalar."""
-        normals, pairs = self.face_normals(), self.neighbours()
-        return ((normals[pairs[:, 0]] - normals[pairs[:, 1]]).square().sum(1) + 1e-4).sqrt().mean()
+        return (self.bends + 1e-4).sqrt().mean()
 
     def roughness(self) -> Tensor:
         """1 - cosine between neighbouring faces, averaged: a scalar."""
-        normals, pairs = self.face_normals(), self.neighbours()
-        return (1 - (normals[pairs[:, 0]] * normals[pairs[:, 1]]).sum(1)).mean()
+        return self.bends.mean() / 2
 
 
 def lattice(cells: int) -> Tensor:
