@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.ask import MAX_COUNT, MAX_SEED, Ask
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, usual
+from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, usual
 from app.networks import MOST_TEACHER_STEPS, Made
 from app.scores import scores
 from models.errors import UserError
@@ -83,11 +83,9 @@ def tab(engine: Engine) -> None:
                 elem_id="compare-prompt",
             )
             slider = gr.ImageSlider(
+                **PICTURE,
                 label="Left and right model",
                 show_label=False,
-                format="png",
-                type="filepath",
-                interactive=False,
                 buttons=["fullscreen"],
                 max_height=640,
                 elem_id="compare-slider",

@@ -14,7 +14,7 @@ from torch import Tensor
 from app import files
 from app.ask import MAX_SEED, Ask, real
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, sentence, uploaded
+from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, sentence, uploaded
 from models.errors import UserError
 
 LONGEST = 400_000
@@ -113,11 +113,9 @@ def tab(engine: Engine) -> None:
             )
         with gr.Column(min_width=300):
             picture = gr.Image(
+                **PICTURE,
                 label="Picture",
                 show_label=False,
-                format="png",
-                type="filepath",
-                interactive=False,
                 buttons=["download", "fullscreen"],
                 elem_id="drawn",
                 elem_classes="picture",

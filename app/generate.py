@@ -7,7 +7,7 @@ import gradio as gr
 from app import files
 from app.ask import MAX_COUNT, MAX_SEED, Ask
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, as_file, figures, file_data, guarded, sentence, uploaded, usual
+from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, sentence, uploaded, usual
 from app.networks import Facts
 
 NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
@@ -92,10 +92,8 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
                 list(facts.classes), label="Class", visible=bool(facts.classes), elem_id="class", interactive=True
             )
             picture = gr.Image(
+                **PICTURE,
                 label="Picture",
-                format="png",
-                type="filepath",
-                interactive=False,
                 show_label=False,
                 buttons=["fullscreen"],
                 elem_id="picture",

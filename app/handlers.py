@@ -25,6 +25,8 @@ MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """Of handlers that run a model: one at a time."""
 AS_YOU_GO: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
 """Of handlers that answer each keystroke: the last one is never dropped."""
+PICTURE: dict[str, Any] = {"format": "png", "type": "filepath", "interactive": False}
+"""Of components that show a picture of ours."""
 SMALL = 512 * 512
 """Pixels up to which a PNG costs next to nothing; above that it takes longer than a student does."""
 

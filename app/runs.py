@@ -10,7 +10,7 @@ import gradio as gr
 from app import files
 from app.ask import shown, whole
 from app.engine import Engine
-from app.handlers import file_data, guarded
+from app.handlers import PICTURE, file_data, guarded
 from app.library import Library, inside, matching
 from app.scenes import copied
 from eval.report import draw_chart, read_metrics
@@ -123,11 +123,9 @@ def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
         with gr.Column(min_width=320):
             step = gr.Dropdown([], label="Samples at step", elem_id="step", interactive=True)
             sheet = gr.Image(
+                **PICTURE,
                 label="Samples",
                 show_label=False,
-                format="png",
-                type="filepath",
-                interactive=False,
                 buttons=["download", "fullscreen"],
                 elem_id="sheet",
                 elem_classes="picture short",

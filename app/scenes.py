@@ -16,7 +16,7 @@ import yaml
 from app import files
 from app.ask import text
 from app.engine import Engine
-from app.handlers import file_data, guarded, refusal
+from app.handlers import PICTURE, file_data, guarded, refusal
 from app.library import Library, changed, inside, matching
 from eval.report import read_metrics
 from models.errors import UserError
@@ -168,10 +168,8 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
                     start = gr.Button("Train it", variant="primary", elem_id="scene-train")
                     stop = gr.Button("Stop and save", elem_id="scene-stop")
                 preview = gr.Image(
+                    **PICTURE,
                     label="Preview",
-                    interactive=False,
-                    format="png",
-                    type="filepath",
                     buttons=[],
                     elem_id="preview",
                     alt_text="The newest sample of the training",
