@@ -141,7 +141,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 return StreamedPictures(dataset, size, whole.shape, columns), whole.shape, whole.class_names
             pictures = whole
         case SolidsData():
-            pictures = SolidsPictures(data.count, data.size)
+            pictures = SolidsPictures(data.count, data.size, data.turntable, data.workers)
         case ConditionsOnly():
             return None, None, []
         case PrecomputedData():
@@ -223,7 +223,8 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
             raise UserError(f"method.sana.start: {sizes.start} is asked for classes, not for prompts")
         try:
             transformer.load_state_dict(cast(SanaNetwork, other.network).transformer.state_dict())
-            text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
+            if sizes.text_encoder is None:
+                text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
         except RuntimeError as error:
             raise UserError(f"method.sana.start: {sizes.start} has networks of other sizes") from error
     if sizes.text_encoder is not None:

@@ -20,6 +20,7 @@ from models.discriminator import feature_channels
 from models.errors import UserError
 from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
+from models.scene.captions import SEEN
 from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.memory import fitting_samples, free_bytes
@@ -82,10 +83,11 @@ def scene_of(settings: Settings) -> saved.Scene:
 
 def prompts_of(settings: Settings, sentence: str, spec: TextSpec) -> Prompts:
     """The sentence embedded, plain and with each view's words; UserError for words that the teacher does not know."""
+    by_kind = {"none": (), "sides": ("front view", "side view", "back view", "overhead view"), "degrees": SEEN[3:]}
+    asked = {view: f"{sentence}, {view}" for view in by_kind[settings.cameras.view_words]}
     if unknown := spec.unknown_words(sentence):
         raise UserError(f"method.prompt: the teacher does not know the words: {', '.join(unknown)}")
-    words = ("front", "side", "back", "overhead") if settings.cameras.view_words else ()
-    return Prompts(spec.text([sentence]), {word: spec.text([f"{sentence}, {word} view"]) for word in words})
+    return Prompts(spec.text([sentence]), {view: spec.text([text]) for view, text in asked.items()})
 
 
 def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condition) -> LoRACritic:

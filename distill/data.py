@@ -1,13 +1,15 @@
 """What a run learns from: pictures with conditions, and conditions alone, with a position that can be resumed."""
 
+import atexit
 import gzip
 import hashlib
+import itertools
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.multiprocessing import get_context
 
 from eval.pictures import SUFFIXES
 from models.condition import Condition
@@ -301,10 +304,14 @@ class HFPictures:
 class SolidsPictures:
     """The solids world: scene i depends on i alone. Captions kept for evaluation are in no scene."""
 
-    def __init__(self, count: int, size: int = 64):
-        self.count, self.shape = count, (3, size, size)
+    def __init__(self, count: int, size: int = 64, turntable: float = 0.0, workers: int = 0):
+        self.count, self.shape, self.workers = count, (3, size, size), workers
         self.class_names: list[str] = []
-        self.world = Solids(size, captions.held_out())
+        self.world = Solids(size, captions.held_out(), turntable)
+        self._pool = None
+        if workers:
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+            atexit.register(self._pool.shutdown, cancel_futures=True)
 
     @property
     def labels(self) -> Tensor:
@@ -314,8 +321,13 @@ class SolidsPictures:
         return self.count
 
     def get(self, indices: list[int]) -> Batch:
-        images, scenes = self.world.batch(indices)
-        return Batch(images, Condition(), tuple(scene.prompt for scene in scenes))
+        if self._pool is None:
+            images, scenes = self.world.batch(indices)
+            return Batch(images, Condition(), tuple(scene.prompt for scene in scenes))
+        share = -(-len(indices) // self.workers)
+        parts = [indices[i : i + share] for i in range(0, len(indices), share)]
+        images, prompts = zip(*self._pool.map(self.world.captioned, parts), strict=True)
+        return Batch(torch.cat(images), Condition(), tuple(itertools.chain(*prompts)))
 
 
 # ------------------------------------------------------------------------------------------------------ streams

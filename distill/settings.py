@@ -96,6 +96,10 @@ class SolidsData(Schema):
     """Scenes of an epoch."""
     size: int = Field(default=64, gt=0)
     """Side in pixels."""
+    turntable: float = Field(default=0.0, ge=0, le=1)
+    """Share of pictures of one solid in the middle, from all sides, whose captions say from where."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that render; 0: this one."""
 
 
 class ConditionsOnly(Schema):
@@ -574,8 +578,9 @@ class SceneCameras(Schema):
     """Share of views whose elevation is that of a point uniform on the sphere."""
     sectors: int = Field(default=1, gt=0)
     """How often the range of azimuths is repeated around, for what looks alike from several sides."""
-    view_words: bool = True
-    """Add ", front view" and its like to the teacher's prompt (not to the critic's)."""
+    view_words: Literal["none", "sides", "degrees"] = "sides"
+    """What is added to the teacher's prompt (not to the critic's): sides ", front view" and its like, degrees ", seen
+    from 45 degrees" and its like, which `embedded:solids` knows."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

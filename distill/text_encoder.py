@@ -20,7 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError, run_command
 from models.folders import replace_folder
-from models.scene.captions import COLOURS, PLURALS, RELATIONS, SHAPES, VOCABULARY, Metadata, draw, held_out, things_of
+from models.scene.captions import (
+    COLOURS,
+    PLURALS,
+    RELATIONS,
+    SEEN,
+    SHAPES,
+    VOCABULARY,
+    Metadata,
+    draw,
+    held_out,
+    things_of,
+)
+from models.scene.solids import sample_turntable
 from models.teachers import load, sana
 from models.teachers.sana import SanaSpec
 
@@ -32,6 +44,7 @@ PARTS = {
     "other colour": 1 + len(COLOURS),
     "link": len(LINKS),
     "count": 4,
+    "view": 1 + len(SEEN),
 }
 """What the last token is asked for, with the number of answers."""
 
@@ -53,18 +66,24 @@ class Options:
     seed: int = 0
 
 
+def caption(rng: random.Random) -> Metadata:
+    """One of any task, or, a quarter of them, of a turntable."""
+    return sample_turntable(int(rng.random() * 2**53)).metadata if rng.random() < 0.25 else draw(rng)
+
+
 def answers(metadata: Metadata) -> list[int]:
     """Indices for each of :data:`PARTS`, in the order of the caption's words."""
     things, tag = things_of(metadata), metadata["tag"]
     colour = lambda thing: 0 if thing.colour is None else 1 + COLOURS.index(thing.colour)
     if tag == "counting" or len(things) == 1:
-        return [SHAPES.index(things[0].shape), colour(things[0]), 0, 0, 0, len(things) - 1]
+        view = 1 + SEEN.index(metadata["view"]) if "view" in metadata else 0
+        return [SHAPES.index(things[0].shape), colour(things[0]), 0, 0, 0, len(things) - 1, view]
     second, link = things[1], "and"
     first = things[0]
     if tag == "position":  # the reference comes first in the metadata, last in the words
         first, second, link = second, first, metadata["include"][1].get("position", ["and"])[0]
     other = 1 + SHAPES.index(second.shape)
-    return [SHAPES.index(first.shape), colour(first), other, colour(second), LINKS.index(link), 1]
+    return [SHAPES.index(first.shape), colour(first), other, colour(second), LINKS.index(link), 1, 0]
 
 
 class Reader(nn.Module):
@@ -107,12 +126,13 @@ def main(options: Options) -> None:
         if not isinstance(spec, SanaSpec):
             raise UserError(f"--start: {options.start} is asked for classes, not for prompts")
         encoder = spec.text_encoder.requires_grad_(True).train()
+        cast(Any, encoder).resize_token_embeddings(len(tokenizer), mean_resizing=False)
     width: int = cast(Any, encoder).config.hidden_size
     reader, rng, unseen = Reader(encoder, width, tokenizer), random.Random(options.seed), held_out()
     optimizer = torch.optim.AdamW(reader.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.05)
     for _ in (bar := trange(options.steps, desc="text encoder")):
-        asked = [m for m in (draw(rng) for _ in range(options.batch_size)) if m["prompt"] not in unseen]
+        asked = [m for m in (caption(rng) for _ in range(options.batch_size)) if m["prompt"] not in unseen]
         loss, right = reader.losses(asked)
         optimizer.zero_grad()
         loss.backward()

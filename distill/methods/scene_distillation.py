@@ -35,19 +35,19 @@ from models.seeds import Draws
 
 @dataclass(frozen=True)
 class Prompts:
-    """One embedded text for every word of a view, and the plain one; each a Condition of one row."""
+    """The embedded text with what says where the camera stands, and the plain one; each a Condition of one row."""
 
     plain: Condition
     by_view: dict[str, Condition]
 
     def teacher(self, cameras: list[Camera]) -> Condition:
-        """What the teacher is asked for: the text with its view's words, where there are any."""
-        return Condition.cat([self.by_view.get(view_word(camera), self.plain) for camera in cameras])
-
-
-def view_word(camera: Camera) -> str:
-    """``front``, ``side`` or ``back``, or ``overhead`` from above 60 degrees."""
-    return "overhead" if camera.elevation > 60 else camera.view
+        """What the teacher is asked for: the text with the words for a camera's place, where there are any."""
+        return Condition.cat(
+            [
+                next((self.by_view[view] for view in camera.seen if view in self.by_view), self.plain)
+                for camera in cameras
+            ]
+        )
 
 
 class Progress(nn.Module):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.scene.captions import TURN
+
 
 @dataclass(frozen=True)
 class Camera:
@@ -43,6 +45,12 @@ class Camera:
         """One of ``captions.VIEWS``: front and back are sectors of 60 degrees, as ProlificDreamer has them."""
         turned = abs((self.azimuth + 180) % 360 - 180)
         return "front" if turned <= 30 else "back" if turned >= 150 else "side"
+
+    @property
+    def seen(self) -> tuple[str, str]:
+        """How ``captions.SEEN`` puts it: coarsely (from above 60 degrees "overhead view"), and to 15 degrees."""
+        angle = round(self.azimuth / TURN) * TURN % 360
+        return f"{'overhead' if self.elevation > 60 else self.view} view", f"seen from {angle} degrees"
 
 
 def camera_to_world(cameras: Sequence[Camera]) -> Tensor:

@@ -20,7 +20,11 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 VIEWS = ("front", "side", "back")
-"""Words for where the camera stands, added to a caption as ``", front view"`` in text to 3D."""
+TURN = 15
+"""Degrees between the azimuths that have words."""
+AZIMUTHS = tuple(str(angle) for angle in range(0, 360, TURN))
+SEEN = (*(f"{view} view" for view in VIEWS), *(f"seen from {angle} degrees" for angle in AZIMUTHS))
+"""Where the camera of a turntable's picture stands, added to a caption after a comma: coarse, or to 15 degrees."""
 
 T = TypeVar("T")
 
@@ -32,6 +36,8 @@ VOCABULARY = (
     *SHAPES,
     *PLURALS.values(),
     *VIEWS,
+    *("seen", "from", "degrees"),
+    *AZIMUTHS,
 )
 """Every word of every caption; a comma is a word."""
 
@@ -50,11 +56,15 @@ Include = TypedDict(
 
 
 class Metadata(TypedDict):
-    """A prompt and what its picture must and must not contain; the order of keys is GenEval's."""
+    """A prompt and what its picture must and must not contain; the order of keys is GenEval's.
+
+    ``view`` is ours: one of :data:`SEEN`.
+    """
 
     tag: str
     include: list[Include]
     exclude: NotRequired[list[Include]]
+    view: NotRequired[str]
     prompt: str
 
 
@@ -99,6 +109,11 @@ def describe(things: Sequence[Thing], relation: str | None = None) -> Metadata:
     tag = "two_object" if first.colour is None and second.colour is None else "color_attr"
     include = [_include(first), _include(second)]
     return {"tag": tag, "include": include, "prompt": f"a photo of {_named(first)} and {_named(second)}"}
+
+
+def seen(metadata: Metadata, view: str) -> Metadata:
+    """The same with one of :data:`SEEN` in its prompt."""
+    return {**metadata, "view": view, "prompt": f"{metadata['prompt']}, {view}"}
 
 
 def things_of(metadata: Metadata) -> list[Thing]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.errors import UserError, run_command
 from models.scene.cameras import Camera, camera_to_world, rays
-from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, draw, pick, things_of
+from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, describe, draw, pick, seen, things_of
 from models.seeds import mix
 
 FLOOR = -0.8
@@ -168,24 +168,32 @@ _GAP = 1.5 / 64
 """Least room between two solids and between a solid and the picture's edge, in picture sides."""
 
 
+def _rest(shape: str, tilt: float) -> float:
+    """Height of a shape's centre above what it rests on, in radii; ``tilt`` (degrees) counts for the torus alone."""
+    match shape:
+        case "cube":
+            return _CUBE
+        case "pyramid":
+            return -_PYRAMID_BASE
+        case "torus":
+            return _TORUS[0] * math.sin(math.radians(tilt)) + _TORUS[1]
+        case "cylinder":
+            return _CYLINDER[1]
+        case "cone":
+            return -_CONE_BASE
+        case _:
+            return 1.0
+
+
 def _placed(rng: random.Random, thing: Thing, radius: float, lift: float, spread: float) -> Solid:
     uniform = lambda low, high: low + (high - low) * rng.random()
     shape, yaw, tilt = thing.shape, 0.0, 0.0
     radius *= _SCALE.get(shape, 1.0)
-    match shape:
-        case "cube":
-            yaw, rest = uniform(15, 75), _CUBE  # two sides and the top are seen, never one side alone
-        case "pyramid":
-            yaw, rest = uniform(15, 75), -_PYRAMID_BASE
-        case "torus":
-            yaw, tilt = uniform(-40, 40), uniform(40, 85)  # turned so that the hole is seen
-            rest = _TORUS[0] * math.sin(math.radians(tilt)) + _TORUS[1]
-        case "cylinder":
-            rest = _CYLINDER[1]
-        case "cone":
-            rest = -_CONE_BASE
-        case _:
-            rest = 1.0
+    if shape in ("cube", "pyramid"):
+        yaw = uniform(15, 75)  # two sides are seen, never one alone
+    elif shape == "torus":
+        yaw, tilt = uniform(-40, 40), uniform(40, 85)  # turned so that the hole is seen
+    rest = _rest(shape, tilt)
     colour = thing.colour or pick(rng, COLOURS)
     centre = (uniform(-spread, spread), FLOOR + rest * radius + lift, uniform(-1.2, 0.8) * min(spread, 1))
     return Solid(shape, colour, centre, radius, yaw, tilt)
@@ -274,6 +282,25 @@ def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container
         if solids := _arranged(rng, metadata, camera, scale=0.97**attempt):
             return Scene(solids, camera, metadata, tone, light)
     raise AssertionError("unreachable")
+
+
+def sample_turntable(seed: int) -> Scene:
+    """One solid in the middle, its front towards azimuth 0, from a camera anywhere around; the caption says from where.
+
+    A torus stands upright and is seen through from in front. The light keeps to the camera, as in the other scenes.
+    """
+    rng = random.Random(mix(seed, 3))
+    uniform = lambda low, high: low + (high - low) * rng.random()
+    shape, colour = pick(rng, SHAPES), pick(rng, COLOURS)
+    camera = Camera(uniform(0, 360), uniform(15, 28), uniform(3.9, 4.2))
+    radius = uniform(0.8, 0.98) * _SCALE.get(shape, 1.0)
+    tilt = 90.0 if shape == "torus" else 0.0
+    centre = (uniform(-0.06, 0.06), FLOOR + _rest(shape, tilt) * radius, uniform(-0.06, 0.06))
+    solid = Solid(shape, colour, centre, radius, 0.0, tilt)
+    metadata = describe([Thing(shape, colour if rng.random() < 0.8 else None)])
+    coarse, fine = camera.seen
+    metadata = seen(metadata, fine if rng.random() < 0.75 else coarse)
+    return Scene((solid,), camera, metadata, uniform(0.40, 0.52), camera.azimuth + uniform(-60, 60))
 
 
 # ------------------------------------------------------------------------------------------------------ rendering
@@ -477,15 +504,28 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
 
 @dataclass(frozen=True)
 class Solids:
-    """The world as a source of training batches, ``size`` pixels a side, without the captions in ``exclude``."""
+    """The world as a source of training batches, ``size`` pixels a side, without the captions in ``exclude``.
+
+    In a share ``turntable`` of the pictures one solid is seen from all sides.
+    """
 
     size: int = 64
     exclude: frozenset[str] = frozenset()
+    turntable: float = 0.0
 
     def batch(self, seeds: Sequence[int]) -> tuple[Tensor, list[Scene]]:
         """Pictures (B, 3, H, W) in [-1, 1] and scenes of the seeds."""
-        scenes = [sample_scene(seed, exclude=self.exclude) for seed in seeds]
+        turns = [mix(seed, 2) < self.turntable * 2**63 for seed in seeds]
+        scenes = [
+            sample_turntable(seed) if turns else sample_scene(seed, exclude=self.exclude)
+            for seed, turns in zip(seeds, turns, strict=True)
+        ]
         return render(scenes, self.size).images, scenes
+
+    def captioned(self, seeds: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Pictures as of :meth:`batch`, and their captions."""
+        images, scenes = self.batch(seeds)
+        return images, [scene.prompt for scene in scenes]
 
 
 def images_per_second(size: int = 64, batch: int = 128, count: int = 2048) -> float:
