@@ -141,7 +141,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 return StreamedPictures(dataset, size, whole.shape, columns), whole.shape, whole.class_names
             pictures = whole
         case SolidsData():
-            pictures = SolidsPictures(data.count, data.size, data.turntable, data.workers)
+            pictures = SolidsPictures(data.count, data.size, data.turntable, data.workers, data.keep)
         case ConditionsOnly():
             return None, None, []
         case PrecomputedData():

@@ -100,6 +100,8 @@ class SolidsData(Schema):
     """Share of pictures of one solid in the middle, from all sides, whose captions say from where."""
     workers: int = Field(default=0, ge=0)
     """Processes that render; 0: this one."""
+    keep: bool = False
+    """Keep what was rendered, a byte a value, for the next epochs of this process."""
 
 
 class ConditionsOnly(Schema):

@@ -12,7 +12,15 @@ from PIL import Image
 
 from distill import data
 from distill.build import build_stream
-from distill.data import FASHION_MNIST_FILES, FashionMNIST, ImageFolder, ShuffledStream, Subset, to_tensor
+from distill.data import (
+    FASHION_MNIST_FILES,
+    FashionMNIST,
+    ImageFolder,
+    ShuffledStream,
+    SolidsPictures,
+    Subset,
+    to_tensor,
+)
 from distill.settings import Config
 from models.errors import UserError
 from tests.tiny import ROOT, save_pictures, settings
@@ -182,3 +190,15 @@ def test_wrong_columns_are_named(tmp_path: Path):
     missing = Config.model_validate(settings(tmp_path, data={"kind": "hf_dataset", "path": str(tmp_path / "nowhere")}))
     with pytest.raises(UserError, match="cannot be loaded"):
         build_stream(missing, 0, 1)
+
+
+def test_the_solids_world_is_the_same_from_other_processes_and_from_memory():
+    indices = [5, 2, 9, 2]
+    plain = SolidsPictures(10, 32, turntable=0.5).get(indices)
+    assert any("seen from" in caption for caption in plain.captions) and plain.captions[1] == plain.captions[3]
+    rendered = SolidsPictures(10, 32, turntable=0.5, workers=2).get(indices)
+    assert rendered.captions == plain.captions and torch.equal(rendered.images, plain.images)
+    kept = SolidsPictures(10, 32, turntable=0.5, keep=True)
+    first, again = kept.get(indices[:2]), kept.get(indices)
+    assert torch.equal(first.images, again.images[:2]) and again.captions == plain.captions
+    assert float((again.images - plain.images).abs().max()) <= 1 / 255 + 1e-6

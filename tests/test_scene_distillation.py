@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.exact_scene import distillation, new_fields, sds
 from distill.methods.base import Turn
-from distill.methods.scene_distillation import view_word
+from distill.methods.scene_distillation import Prompts
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.scene import captions, solids
@@ -140,6 +140,19 @@ def test_the_trained_critic_approaches_the_exact_score():
 
 
 def test_words_for_views():
-    assert [view_word(Camera(a, e)) for a, e in ((0, 10), (90, 10), (180, 10), (180, 70))] == [
-        "front", "side", "back", "overhead",
-    ]  # fmt: skip
+    cameras = [Camera(0, 10), Camera(98, 10), Camera(-173, 10), Camera(180, 70)]
+    assert [camera.seen for camera in cameras] == [
+        ("front view", "seen from 0 degrees"),
+        ("side view", "seen from 105 degrees"),
+        ("back view", "seen from 180 degrees"),
+        ("overhead view", "seen from 180 degrees"),
+    ]
+    text = lambda value: Condition(text=torch.full((1, 2, 3), float(value)))
+    for words, expected in (
+        ({}, [0, 0, 0, 0]),
+        ({"front view": 1, "side view": 2, "back view": 3}, [1, 2, 3, 0]),
+        ({"seen from 105 degrees": 4, "seen from 180 degrees": 5}, [0, 4, 5, 5]),
+    ):
+        prompts = Prompts(text(0), {view: text(value) for view, value in words.items()})
+        asked = prompts.teacher(cameras).text
+        assert asked is not None and asked[:, 0, 0].tolist() == expected

@@ -15,6 +15,7 @@ from models.errors import UserError
 from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import (
     COLOURS,
+    SEEN,
     SHAPES,
     TASKS,
     VIEWS,
@@ -24,11 +25,23 @@ from models.scene.captions import (
     draw,
     parse,
     prompts,
+    seen,
     things_of,
     unknown_words,
     words,
 )
-from models.scene.solids import RGB, Rendered, Scene, Solid, Solids, contact_sheet, render, sample_scene, unit_sdf
+from models.scene.solids import (
+    RGB,
+    Rendered,
+    Scene,
+    Solid,
+    Solids,
+    contact_sheet,
+    render,
+    sample_scene,
+    sample_turntable,
+    unit_sdf,
+)
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_task = pytest.mark.parametrize("task", TASKS)
@@ -266,6 +279,45 @@ def test_no_solid_hides_another() -> None:
         assert torch.equal(index == 0, rendered.index[i] == k)
 
 
+# ------------------------------------------------------------------------------------------------------ turntables
+
+
+def test_turntables_show_one_solid_from_where_their_caption_says() -> None:
+    scenes = [sample_turntable(seed) for seed in range(400)]
+    assert {scene.solids[0].shape for scene in scenes} == set(SHAPES)
+    assert sample_turntable(3) == scenes[3] != scenes[4]
+    fine = 0
+    for scene in scenes:
+        caption, view = scene.prompt.split(", ")
+        assert parse(caption)["include"] == scene.metadata["include"] and scene.metadata.get("view") == view in SEEN
+        if view.startswith("seen from"):
+            fine += 1
+            off = (scene.camera.azimuth - float(view.split()[2]) + 180) % 360 - 180
+            assert abs(off) <= 7.5
+        else:
+            assert view == f"{scene.camera.view} view"
+    assert 0.65 < fine / 400 < 0.85
+    index = render(scenes[:60]).index
+    border = torch.cat([index[:, 0], index[:, -1], index[:, :, 0], index[:, :, -1]], 1)
+    assert bool((border == -1).all()) and bool((index == 0).flatten(1).any(1).all())
+
+
+def test_a_turntables_torus_is_open_in_front_and_thin_from_the_side() -> None:
+    scene = next(scene for scene in map(sample_turntable, range(100)) if scene.solids[0].shape == "torus")
+    boxes = render([scene] * 3, 64, [Camera(0), Camera(90), Camera(180)])
+    widths = (boxes.boxes(1)[:, 0, 2] - boxes.boxes(1)[:, 0, 0]).tolist()
+    middle = boxes.boxes(1)[0, 0].view(2, 2).float().mean(0).long().tolist()
+    assert int(boxes.index[0, middle[1], middle[0]]) == -1 and widths[1] < 0.5 * widths[0] == 0.5 * widths[2]
+
+
+def test_the_share_of_turntables() -> None:
+    """Other scenes are what they are without."""
+    plain, mixed = Solids(16).batch(range(200))[1], Solids(16, turntable=0.3).batch(range(200))[1]
+    turned = ["view" in scene.metadata for scene in mixed]
+    assert 0.2 < sum(turned) / 200 < 0.4
+    assert all(turns or a == b for turns, a, b in zip(turned, plain, mixed, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------ reproducibility
 
 
@@ -323,7 +375,7 @@ def test_captions_are_parsed_back() -> None:
 
 
 def test_every_word_of_the_vocabulary_is_used() -> None:
-    captions = [draw(random.Random(seed))["prompt"] + f", {VIEWS[seed % 3]} view" for seed in range(2000)]
+    captions = [seen(draw(random.Random(seed)), SEEN[seed % len(SEEN)])["prompt"] for seed in range(2000)]
     assert {word for caption in captions for word in words(caption)} == set(VOCABULARY)
 
 

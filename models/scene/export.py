@@ -5,6 +5,7 @@ python -m models.scene.export RUN/texture/student OUT        again, e.g. with an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,18 @@ CELLS = 96
 """Cells a side of the grid that a field without a geometry stage is turned into a mesh on."""
 
 
-def _library(name: str) -> Any:
+def check_libraries() -> None:
+    """UserError that says what to install where a scene's files could not be written."""
     try:
-        import imageio
-        import trimesh
-        import xatlas
+        for name in ("trimesh", "xatlas", "fast_simplification", "imageio", "imageio_ffmpeg"):
+            import_module(name)
     except ImportError as error:
         raise UserError(f"writing meshes needs {error.name}: pip install -e '.[scene]'") from error
-    return {"trimesh": trimesh, "xatlas": xatlas, "imageio": imageio}[name]
+
+
+def _library(name: str) -> Any:
+    check_libraries()
+    return import_module(name)
 
 
 def tidy(mesh: Mesh, faces: int) -> Mesh:
