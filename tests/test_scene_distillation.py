@@ -10,13 +10,15 @@ from distill.exact_scene import distillation, new_fields, sds
 from distill.methods.base import Turn
 from distill.methods.scene_distillation import Prompts
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, Guided
 from models.scene import captions, solids
 from models.scene.cameras import Camera, camera_to_world
 from models.scene.critic import LoRACritic
 from models.scene.particles import posterior_mean
 from models.seeds import Draws, mix
+from models.student import heun
 from models.teachers import load
+from models.teachers.base import TextSpec
 from models.teachers.sana import SanaSpec
 from tests.tiny import save_sana
 
@@ -156,3 +158,16 @@ def test_words_for_views():
         prompts = Prompts(text(0), {view: text(value) for view, value in words.items()})
         asked = prompts.teacher(cameras).text
         assert asked is not None and asked[:, 0, 0].tolist() == expected
+
+
+def test_the_embedded_teacher_knows_from_where_it_is_asked_to_see():
+    """A torus that stands in front of the camera is broad, and narrow from the side; on the same noise."""
+    denoiser, spec = load("embedded:solids")
+    assert isinstance(spec, TextSpec)
+    cond = spec.text([f"a photo of an orange torus, seen from {angle} degrees" for angle in (0, 90)])
+    noise = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    with torch.no_grad():
+        images = spec.decode(heun(Guided(denoiser, 1.5), noise, cond, 6))
+    coloured = images.amax(1) - images.amin(1) > 0.5
+    front, side = coloured.any(1).sum(1).tolist()
+    assert front > 1.6 * side > 0
