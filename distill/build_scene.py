@@ -20,7 +20,7 @@ from models.discriminator import feature_channels
 from models.errors import UserError
 from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
-from models.scene.captions import SEEN
+from models.scene.captions import SEEN, VIEWS
 from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.memory import fitting_samples, free_bytes
@@ -83,10 +83,13 @@ def scene_of(settings: Settings) -> saved.Scene:
 
 def prompts_of(settings: Settings, sentence: str, spec: TextSpec) -> Prompts:
     """The sentence embedded, plain and with each view's words; UserError for words that the teacher does not know."""
-    by_kind = {"none": (), "sides": ("front view", "side view", "back view", "overhead view"), "degrees": SEEN[3:]}
-    asked = {view: f"{sentence}, {view}" for view in by_kind[settings.cameras.view_words]}
-    if unknown := spec.unknown_words(sentence):
-        raise UserError(f"method.prompt: the teacher does not know the words: {', '.join(unknown)}")
+    cameras = settings.cameras
+    sides = [f"{view} view" for view in (*VIEWS, *(("overhead",) if cameras.elevation[1] > 60 else ()))]
+    by_kind = {"none": [], "sides": sides, "degrees": SEEN[len(VIEWS) :]}
+    asked = {view: f"{sentence}, {view}" for view in by_kind[cameras.view_words]}
+    for key, texts in (("prompt", [sentence]), ("cameras.view_words", asked.values())):
+        if unknown := dict.fromkeys(word for text in texts for word in spec.unknown_words(text)):
+            raise UserError(f"method.{key}: the teacher does not know the words: {', '.join(unknown)}")
     return Prompts(spec.text([sentence]), {view: spec.text([text]) for view, text in asked.items()})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from distill import build_scene
 from distill.methods.scene_distillation import SceneDistillation
 from distill.run import dry_run
+from distill.run import train as train_here
 from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
 from eval.scene import Options
@@ -274,6 +275,21 @@ def test_settings_that_contradict_are_named(base: Path, change: dict[str, Any], 
 def test_unknown_words_are_named(base: Path):
     done = train("--config", write(base, base / "teacher", "words"), "--prompt", "a crimson cube")
     assert done.returncode == 2 and "crimson" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_unknown_words_for_views_are_named(base: Path):
+    method = {"cameras": {"elevation": [0, 20], "view_words": "degrees"}, "stage": "volume"}
+    config = Config.model_validate(values(base, Path("embedded:solids_control"), "views", **method))
+    with pytest.raises(UserError, match=r"method\.cameras\.view_words: .* words: seen, from, 0, degrees"):
+        build_scene.build_stage(config, config.method)  # type: ignore[arg-type]
+
+
+def test_what_the_files_need_is_said_before_training(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    config, _ = parse(["--config", str(write(base, base / "teacher", "unready"))])
+    with pytest.raises(UserError, match=r"imageio_ffmpeg: pip install -e '\.\[scene\]'"):
+        train_here(config)
+    assert not (base / "unready").exists()
 
 
 def test_a_later_stage_alone_says_what_is_missing(base: Path):
