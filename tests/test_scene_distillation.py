@@ -11,6 +11,7 @@ from distill.methods.base import Turn
 from distill.methods.scene_distillation import Prompts
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
+from models.errors import UserError
 from models.scene import captions, solids
 from models.scene.cameras import Camera, camera_to_world
 from models.scene.critic import LoRACritic
@@ -139,6 +140,15 @@ def test_the_trained_critic_approaches_the_exact_score():
         (critic(x_t, t, cond) - chosen).square().mean().backward()
         optimizer.step()
     assert distance() < start / 3
+
+
+def test_a_scene_that_has_vanished_says_what_to_change():
+    fields = new_fields(1)
+    fields.occupancy[0].cells.zero_()
+    method = distillation("noise", fields, 1)
+    method.progress.steps += 1  # at step 0 the occupancy is found anew
+    with pytest.raises(UserError, match=r"nothing is left.*step 1: .*sparsity"):
+        method.student_loss(Turn(0, Draws([3, 4]), None))
 
 
 def test_words_for_views():

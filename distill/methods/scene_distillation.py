@@ -26,6 +26,7 @@ from distill.rows import Row
 from distill.settings import SceneStage
 from models.condition import Condition
 from models.denoiser import Guided
+from models.errors import UserError
 from models.process import expand_to
 from models.scene.cameras import Camera, Orbit, camera_to_world
 from models.scene.critic import LoRACritic
@@ -137,6 +138,11 @@ class SceneDistillation(DistributionMatching):
         u = self.annealed(draws.uniform())
         noise = draws.normal(*self.shape)
         drawn = cast(Drawn, self.networks["student"](views))
+        if torch.is_grad_enabled() and not drawn.images.requires_grad:
+            raise UserError(
+                f"nothing is left of the scene at step {int(self.progress.steps)}: no ray meets any matter; lower "
+                "method.stages' weights.sparsity, or raise method.blob_strength"
+            )
         pictures = self.resized(drawn.images)
         with torch.set_grad_enabled(self.stage.latents > 0):
             x0 = self.encode(pictures)
