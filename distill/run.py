@@ -25,7 +25,6 @@ from models.adapters import merged
 from models.errors import UserError
 from models.folders import replace_text
 from models.multi_student import assemble
-from models.scene.export import check_libraries
 from models.scene.particles import Fields
 from models.teachers import resolve
 from models.teachers.embedded import PatchUNet, read_spec
@@ -214,6 +213,8 @@ def train_students(config: Config, settings: MultiStudent) -> int:
 
 def train_scene(config: Config, settings: SceneDistillation) -> int:
     """Run the stages, finished ones aside, and write the scene's files."""
+    from models.scene.export import check_libraries
+
     check_libraries()
     for run in build_scene.runs(config, settings):
         wanted = settings.only in (None, cast(SceneDistillation, run.method).stage)

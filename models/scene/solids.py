@@ -515,10 +515,10 @@ class Solids:
 
     def batch(self, seeds: Sequence[int]) -> tuple[Tensor, list[Scene]]:
         """Pictures (B, 3, H, W) in [-1, 1] and scenes of the seeds."""
-        turns = [mix(seed, 2) < self.turntable * 2**63 for seed in seeds]
+        share = self.turntable * 2**63
         scenes = [
-            sample_turntable(seed) if turns else sample_scene(seed, exclude=self.exclude)
-            for seed, turns in zip(seeds, turns, strict=True)
+            sample_turntable(seed) if mix(seed, 2) < share else sample_scene(seed, exclude=self.exclude)
+            for seed in seeds
         ]
         return render(scenes, self.size).images, scenes
 
