@@ -192,13 +192,16 @@ class MultiStudent:
             return out
 
         def make(student: OneStepStudent, rows: Tensor) -> None:
-            torch.set_num_threads(threads // workers)  # of this worker alone
+            torch.set_num_threads(threads // workers)
             with torch.no_grad():
                 out[rows] = student(z[rows], cond[rows])
 
         # Small batches do not keep all cores busy, students side by side do.
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(make, [self.student(index) for index, _ in parts], [rows for _, rows in parts]))
+            try:
+                list(pool.map(make, [self.student(index) for index, _ in parts], [rows for _, rows in parts]))
+            finally:
+                torch.set_num_threads(threads)  # a worker's number is also that of every thread begun after it
         return out
 
 

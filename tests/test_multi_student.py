@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,18 @@ def test_a_mixed_batch_goes_to_its_students(several: Path) -> None:
     assert all(float((made[:1] - other).abs().max()) > 1e-2 for other in others)
     with pytest.raises(ValueError, match="none of them is unconditional"):
         students.generate(z[:1], Condition(class_ids=torch.tensor([-1])))
+
+
+def test_threads_begun_later_keep_their_share(several: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        z = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        MultiStudent(several / "student").generate(z, Condition(class_ids=torch.tensor([0, 4, 7])))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_at_most_as_many_are_loaded_as_allowed(several: Path) -> None:
