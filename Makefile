@@ -10,7 +10,7 @@ export KMP_BLOCKTIME := 0
 export GOMP_SPINCOUNT := 1000
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test app screenshots browser data lint clean
+.PHONY: quickstart test app screenshots browser data lint
 
 quickstart: $(VENV)/.installed data
 	$(BIN)/accelerate launch --num_processes 1 distill/train.py --config configs/fashion_mnist/quickstart.yaml --output $(RUN)
@@ -57,6 +57,3 @@ $(VENV)/.installed-app: $(VENV)/.installed
 $(VENV)/.installed-dev: $(VENV)/.installed
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[app,eval,data,dev]'
 	@touch $@
-
-clean:
-	rm -rf runs report

@@ -31,7 +31,8 @@ class Options:
     """Requests that may wait; more are told that the queue is full."""
     max_models: int = 3
     """Models in memory at a time."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def main(options: Options) -> None:
@@ -58,9 +59,10 @@ def main(options: Options) -> None:
     from transformers.utils import logging
 
     from app.engine import Engine
+    from eval.machine import place_of
 
     logging.disable_progress_bar()
-    engine = Engine(library, options.student, options.max_models, options.device)
+    engine = Engine(library, options.student, options.max_models, str(place_of(options.device)))
     alone = options.host in ("127.0.0.1", "localhost", "::1") and not options.share
     page = studio.build_app(engine, may_train=alone)
     try:

@@ -26,8 +26,8 @@ from PIL import Image
 from app import files
 from app.ask import Ask
 from app.drive import browser, open_page
-from eval.fid import environment
 from eval.latency import Spread
+from eval.machine import environment
 from models.errors import UserError, run_command
 
 if TYPE_CHECKING:

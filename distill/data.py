@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 from torch.multiprocessing import get_context
@@ -473,7 +473,15 @@ class Captions:
         return self.embed(index.tolist()).to(draws.device)
 
 
+def main(folder: tyro.conf.Positional[Path] = Path("data/fashion-mnist")) -> None:
+    """Fetch Fashion-MNIST, if it is not there.
+
+    Args:
+        folder: Where to.
+    """
+    fetch_fashion_mnist(folder)
+    print(f"Fashion-MNIST is in {folder}")
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "data/fashion-mnist")
-    run_command(lambda: fetch_fashion_mnist(target))
-    print(f"Fashion-MNIST is in {target}")
+    run_command(lambda: tyro.cli(main))

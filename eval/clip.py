@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import trange
 
+from eval.machine import place_of
 from models.errors import UserError, run_command
 
 
@@ -97,14 +98,17 @@ class Options:
     batch: int = 50
     output: Path | None = None
     """JSON file for the result."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def main(options: Options) -> None:
     """Print the mean with its standard error."""
     from eval.geneval.folder import pictures as pictures_in  # which needs this module
 
-    clip, every = CLIP(options.clip, options.device), pictures_in(options.images)
+    if options.batch < 1:
+        raise UserError(f"--batch: {options.batch} must be at least 1")
+    clip, every = CLIP(options.clip, place_of(options.device)), pictures_in(options.images)
     values = []
     for start in trange(0, len(every), options.batch, desc="CLIP score", unit="batch"):
         part = every[start : start + options.batch]
@@ -116,6 +120,7 @@ def main(options: Options) -> None:
     result |= {"clip_score": float(found.mean()), "error": error}
     print(f"CLIP score by {clip.name}: {result['clip_score']:.4f} ± {error:.4f} over {len(found)} pictures")
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

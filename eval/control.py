@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from eval.features import quantize
-from eval.fid import environment
 from eval.geneval.prompts import HELD_OUT
 from eval.geneval.solids import SolidsDetector
 from eval.latency import Spread, now
+from eval.machine import environment, home_of
 from eval.text_to_image import Painter, painter
 from models.controlnet import NOTHING, edges
 from models.errors import UserError, run_command
@@ -35,7 +35,7 @@ class Options:
     """Measure silhouettes and the time of a frame."""
 
     student: Path
-    """A run folder, or an exported student with controlnet/."""
+    """A run folder, an exported student with controlnet/, or embedded:NAME."""
     steps: int = 1
     """Steps of the student."""
     num_images: int = 240
@@ -47,8 +47,10 @@ class Options:
     batch: int = 120
     """Pictures at a time."""
     output: Path | None = None
-    """Folder for control.json and a picture; default: control/ in the folder of --student."""
-    device: str = "cpu"
+    """Folder for control.json and a picture; default: control/ in the folder of --student,
+    or in report/NAME of an embedded one."""
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def overlap(detector: SolidsDetector, pictures: Tensor, truth: Tensor) -> list[float]:
@@ -75,9 +77,9 @@ def frame_time(student: Painter, prompt: str, picture: Tensor, repeats: int) -> 
     return Spread.of(taken[3:])
 
 
-def measure(student: Painter, count: int, seed: int, batch: int, device: str) -> tuple[dict[str, list[float]], Tensor]:
+def measure(student: Painter, count: int, seed: int, batch: int) -> tuple[dict[str, list[float]], Tensor]:
     """IoU of each drawing by who made the picture, and rows of drawings with their pictures."""
-    detector = SolidsDetector(device=device)
+    detector = SolidsDetector(device=student.spec.device)
     asked = prompts(seed, count)
     shares: dict[str, list[float]] = {"true renders": [], student.name: [], "empty canvas": []}
     shown: list[Tensor] = []
@@ -112,17 +114,17 @@ def main(options: Options) -> None:
     student = painter(options.student, options.steps, device=options.device)
     if student.spec.control is None:
         raise UserError(f"--student: {options.student} has no controlnet/, so it follows no lines")
-    shares, rows = measure(student, options.num_images, options.seed, options.batch, options.device)
+    shares, rows = measure(student, options.num_images, options.seed, options.batch)
     picture = render([sample_scene(HELD_OUT)]).images
     frame = frame_time(student, student.spec.examples[0], picture, options.repeats)
-    folder = options.output or options.student / "control"
+    folder = options.output or home_of(options.student) / "control"
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rows.permute(1, 2, 0).numpy()).save(folder / "drawings.png")
     report = {
         "iou": {name: sum(values) / len(values) for name, values in shares.items()},
         "drawings": options.num_images,
         "frame_ms": asdict(frame),
-        "environment": environment(torch.device(options.device)),
+        "environment": environment(student.spec.device),
     }
     (folder / "control.json").write_text(json.dumps(report, indent=2) + "\n")
     print(as_text(shares, frame))

@@ -73,7 +73,7 @@ def settings_of(stage: Path) -> dict[str, Any]:
         raise UserError(f"{stage}/config.yaml is not that of a stage of text to 3D: {error}") from error
 
 
-def _networks(config: dict[str, Any], sentence: str, device: str) -> tuple[LoRACritic, TextSpec]:
+def _networks(config: dict[str, Any], sentence: str, device: torch.device | str) -> tuple[LoRACritic, TextSpec]:
     """A new critic as the settings say, and the teacher's spec."""
     teacher, own = config["teacher"], config["method"]["critic"]
     denoiser, spec = load(teacher["path"], teacher["size"], teacher["tokens"], teacher["config"])
@@ -114,7 +114,7 @@ def _answers(critic: LoRACritic, cases: Sequence[tuple[Tensor, Tensor, Condition
 
 
 @torch.no_grad()
-def fake_score_errors(stage: Path, device: str = "cpu") -> Errors | None:
+def fake_score_errors(stage: Path, device: torch.device | str = "cpu") -> Errors | None:
     """Of a stage with ``fake: lora``; None for another, and where its checkpoints are gone.
 
     The particles are those that the stage left, drawn at its last resolution; a closed form over a few random backdrops
@@ -143,7 +143,7 @@ def fake_score_errors(stage: Path, device: str = "cpu") -> Errors | None:
             cases.append((x_t, times, cond, posterior_mean(x_t, every, process.alpha(times), process.sigma(times))))
     untrained = _answers(critic, cases)
     try:
-        critic.load_state_dict(load_file(weights, device))
+        critic.load_state_dict(load_file(weights, str(device)))
     except (RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{weights} is not the critic that {stage}/config.yaml describes") from error
     return Errors(process.ratio(times).cpu(), untrained, _answers(critic, cases))

@@ -9,8 +9,6 @@ download, and do not compare with papers. ``torchrun`` or ``accelerate launch`` 
 
 import hashlib
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import tyro
 import yaml
@@ -40,6 +37,7 @@ from eval.features import (
 from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images, painted
 from eval.inception import Inception
+from eval.machine import environment, place_of, refuse_unread, share
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
 from eval.nearest import LOOKED_AT, Training, TrainingFolder, nearest
 from eval.pictures import batches, picture_files
@@ -122,6 +120,8 @@ class Score:
     coverage: float | None = None
     inception_score: float | None = None
     inception_score_std: float | None = None
+    real_features: int | None = None
+    """Pictures of the reference that the kernel distance, precision, recall, density and coverage compare with."""
     runs: list[float] | None = None
     fd_spread: float | None = None
     """Standard deviation over bootstrap resamples of the pictures, for networks of few dimensions."""
@@ -239,8 +239,6 @@ def measured(
         kid = kernel_distance(features, some)
         around = asdict(neighbours(some, features))
     if extractor.name == "cmmd":
-        if not len(some) or len(some) < (reference.size or 0):
-            raise UserError("--reference: cmmd compares with every picture: give a folder, or --keep them all")
         distance = gaussian_mmd(features, some)
     else:
         whole = len(some) == reference.size and len(some) <= some.shape[1]  # then no covariance need be formed
@@ -256,6 +254,7 @@ def measured(
         kid_std=kid.std if kid else None,
         kid_subsets=kid.subsets if kid else 0,
         kid_subset_size=kid.subset_size if kid else 0,
+        real_features=len(some) if kid else None,
         protocol_digest=rules.digest(),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         inception_score=inception[0],
@@ -278,11 +277,6 @@ def gathered(features: Tensor, world: int) -> Tensor:
     for index, part in enumerate(parts):
         whole[index::world] = part
     return whole
-
-
-def share() -> tuple[int, int]:
-    """This process and the number of them, as torchrun and accelerate launch say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def score(
@@ -393,27 +387,6 @@ def speed(samplers: list[Sampler], spec: ClassSpec, batch: int, device: torch.de
     return {"batch": batch, "images_per_second": rates}
 
 
-def processor() -> str:
-    """The CPU's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "device": f"{device} ({hardware})",
-        "threads": torch.get_num_threads(),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -435,22 +408,16 @@ def cautions(n: int, dim: int, name: str, protocol_name: ProtocolName = "fd_fmni
     return found
 
 
-def place_of(device: torch.device | str | None) -> torch.device:
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {device} is not available here: leave --device out, or give cpu") from error
-    return place
-
-
 def judge_of(
     name: ProtocolName, weights: Path | None, reference: Path | None, device: torch.device
 ) -> tuple[Extractor, Reference]:
     """Network and reference of a protocol; the embedded ones bring their own."""
     extractor = load_extractor(name, device, weights)
     if reference is not None:
-        return extractor, open_reference(reference, extractor)
+        opened = open_reference(reference, extractor)
+        if extractor.name == "cmmd" and len(opened.features) < (opened.size or 1):
+            raise UserError(f"--reference: cmmd compares with every picture, and {reference} keeps some: give a folder")
+        return extractor, opened
     if name.startswith("fd_") and name != "fd_dinov2":
         return extractor, load_reference(name)
     usual = INCEPTION[name].reference if name in INCEPTION else "a folder of real pictures"
@@ -487,10 +454,10 @@ def evaluate(
     """
     if n < MIN_IMAGES:
         raise UserError(f"num_images: {n} is too few for a distance: give at least {MIN_IMAGES}, better 4000")
-    if teacher_steps < 1 or batch < 1 or seed < 0 or best_of < 1:
+    if min(teacher_steps, batch, best_of, *curve) < 1 or seed < 0:
         raise UserError(
-            f"teacher_steps ({teacher_steps}), batch ({batch}) and best_of ({best_of}) must be at least 1, "
-            f"seed ({seed}) at least 0"
+            f"teacher_steps ({teacher_steps}), batch ({batch}), best_of ({best_of}) and the steps of curve "
+            f"({', '.join(map(str, curve)) or 'none'}) must be at least 1, seed ({seed}) at least 0"
         )
     place = place_of(device)
     one_step, spec = load_student(student, place)
@@ -529,7 +496,7 @@ def evaluate(
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures).save(grid)
     copies = None
-    if training is not None:
+    if training is not None and processes[0] == 0:
         if isinstance(training, Path):
             training = TrainingFolder(training, spec.picture[0])
         rest: dict[str, Any] = {"device": place, "to_uint8": painted(spec)}
@@ -537,9 +504,9 @@ def evaluate(
         mine = torch.cat(list(made))
         found = nearest(mine, training, judge)
         copies = {"closer": found.closer, "among": found.among}
-        if grid is not None and processes[0] == 0:
+        if grid is not None:
             Image.fromarray(reports.pairs_grid(found.pairs)).save(grid.with_name("nearest.png"))
-    timing = speed(samplers, spec, min(batch, 100), place) if timed else None
+    timing = speed(samplers, spec, min(batch, 100), place) if timed and processes[0] == 0 else None
     if timing and best_of > 1:
         timing["images_per_second"][rows[0]["sampler"]] = timing["images_per_second"][one_step.name]
     return {
@@ -595,6 +562,8 @@ def main(options: Options) -> None:
     if (options.student is None) == (options.images is None):
         raise UserError("--student or --images: give one of the two")
     if options.images is not None:
+        own = ("num_images", "best_of", "teacher", "teacher_steps", "seed", "remeasure_teacher", "curve", "training")
+        refuse_unread(options, own, "beside --images")
         folder = options.output or options.images.parent / f"{options.images.resolve().name}-report"
         result = evaluate_pictures(
             options.images,

@@ -18,7 +18,7 @@ import torch
 import tyro
 from tqdm.auto import trange
 
-from eval.fid import environment
+from eval.machine import environment
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.seeds import Draws
@@ -31,7 +31,7 @@ class Options:
     """Measure text encoder, network and decoder apart."""
 
     student: Path
-    """A run folder, or an exported student."""
+    """A run folder, an exported student, or embedded:NAME."""
     teacher: str | None = None
     """Folder of a teacher, or embedded:NAME."""
     steps: tuple[int, ...] = (1, 2, 4)
@@ -46,7 +46,8 @@ class Options:
     """Rounds that are measured, after one that is not."""
     output: Path | None = None
     """JSON file for the figures."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def main(options: Options) -> None:
     examples = painters[-1].spec.examples
     found = measure(painters, [examples[i % len(examples)] for i in range(options.batch)], options.repeats)
     calls = {p.name: p.nfe for p in painters}
-    setting = environment(torch.device(options.device))
+    setting = environment(painters[-1].spec.device)
     print(f"batch {options.batch}, {setting['device']}, {setting['threads']} threads, torch {setting['torch']}")
     print(as_text(found, calls, teacher))
     if options.output is not None:

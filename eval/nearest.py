@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eval.features import Extractor, extract, quantize
 from eval.pictures import picture_files, read_picture
+from models.errors import UserError
 
 LOOKED_AT = 500
 """Generated pictures, and training pictures, whose nearest neighbour is asked for."""
@@ -34,7 +35,11 @@ class TrainingFolder:
         return len(self.files)
 
     def get(self, indices: list[int]) -> SimpleNamespace:
-        images = torch.stack([read_picture(self.files[index]) for index in indices])
+        read = [read_picture(self.files[index]) for index in indices]
+        for index, picture in zip(indices, read, strict=True):
+            if picture.shape != read[0].shape:
+                raise UserError(f"--training: {self.files[index]} has another size than {self.files[indices[0]]}")
+        images = torch.stack(read)
         return SimpleNamespace(images=images[:, : self.channels].float() / 127.5 - 1)
 
 
@@ -42,8 +47,8 @@ class TrainingFolder:
 class Nearest:
     """``pairs`` (n, 2, C, H, W) uint8: generated pictures and their nearest training pictures.
 
-    closer:  share of generated pictures nearer to a training picture than 99 of 100 training pictures are to their own
-             nearest; about 0.01 for pictures that are neither copies nor far off
+    closer:  share of generated pictures nearer to a training picture than 99 of 100 training pictures are to the
+             nearest that differs from them; about 0.01 for pictures that are neither copies nor far off
     among:   number of training pictures
     """
 
@@ -60,7 +65,10 @@ def nearest(
     known = extract(extractor, (quantize(real.get(order[i : i + 250]).images) for i in range(0, len(order), 250)))
     own = extract(extractor, generated[:LOOKED_AT].split(250))
     found = torch.cdist(own, known).min(1)
-    usual = torch.cdist(known[:LOOKED_AT], known).topk(2, largest=False).values[:, 1]
+    apart = torch.cdist(known[:LOOKED_AT], known, compute_mode="donot_use_mm_for_euclid_dist")
+    # A picture that is there twice is not its own neighbour: a copy is what is nearer than different pictures are.
+    same = 1e-3 * apart.topk(2, largest=False).values[:, 1].median()
+    usual = apart.masked_fill(apart <= same, torch.inf).amin(1)
     close = float((found.values < usual.quantile(QUANTILE)).float().mean())
     beside = quantize(real.get([order[i] for i in found.indices[:shown].tolist()]).images)
     return Nearest(torch.stack([generated[: len(beside)], beside], 1), close, len(order))

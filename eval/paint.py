@@ -13,8 +13,8 @@ from pathlib import Path
 import tyro
 
 from eval.features import QUANTISATIONS
-from eval.fid import share
 from eval.geneval import folder
+from eval.machine import share
 from eval.protocols import Quantisation
 from eval.text_to_image import painter
 from models.errors import UserError, run_command
@@ -41,7 +41,8 @@ class Options:
     """Picture k of prompt p has the noise of seed + each p + k."""
     quantise: Quantisation = "edm"
     """How values become bytes: the protocol coco30k truncates."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def main(options: Options) -> None:
@@ -55,7 +56,7 @@ def main(options: Options) -> None:
     asked: list[Metadata] = [{"tag": "caption", "include": [], "prompt": line} for line in lines]
     made = painter(options.model, options.steps, options.guidance, options.device)
     made = replace(made, to_uint8=QUANTISATIONS[options.quantise].function)
-    folder.paint(made, asked, options.output, options.each, options.seed, *share())
+    folder.paint(made, asked, options.output, options.each, options.seed, *share(), identity=made.identity)
     print(f"{made.name}: {len(lines) * options.each} pictures in {options.output}")
 
 

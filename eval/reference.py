@@ -21,10 +21,13 @@ from torch import Tensor
 
 from eval.features import REFERENCES, Extractor, extract, file_digest, load_extractor
 from eval.frechet import Statistics
+from eval.machine import place_of
 from eval.pictures import batches, picture_files
 from eval.protocols import ProtocolName
 from models import unpickle
 from models.errors import UserError, run_command
+
+KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -174,18 +177,23 @@ def open_reference(path: Path, extractor: Extractor, batch: int = 50) -> Referen
         raise UserError(f"--reference: {path} holds no statistics (mu, sigma) that can be read: {reason}") from error
 
 
-def of_pictures(folder: Path, extractor: Extractor, batch: int = 50, keep: int = 10000) -> Reference:
-    """The reference that a folder of pictures is; the first ``keep`` features are kept."""
+def of_pictures(folder: Path, extractor: Extractor, batch: int = 50, keep: int = KEPT) -> Reference:
+    """The reference that a folder of pictures is, with the features of ``keep`` of them, drawn without replacement.
+
+    Of all of them for cmmd, which is no distance of statistics.
+    """
     files = picture_files(folder)
+    keep = len(files) if extractor.name == "cmmd" else min(keep, len(files))
+    chosen = torch.zeros(len(files), dtype=torch.bool)  # by chance: sorted names begin with the first classes alone
+    chosen[torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:keep]] = True
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(folder)} {file_digest(file)}\n".encode())
     statistics, kept = Statistics(), []
     for images in batches(files, batch, f"reference {folder.name}"):
         features = extract(extractor, [images])
+        kept.append(features[chosen[statistics.n : statistics.n + len(features)]])
         statistics.update(features)
-        if sum(map(len, kept)) < keep:
-            kept.append(features)
     if statistics.n < 2:
         raise UserError(f"--reference: {folder} has {statistics.n} picture: statistics need at least 2")
     statistics.provenance = {
@@ -194,7 +202,7 @@ def of_pictures(folder: Path, extractor: Extractor, batch: int = 50, keep: int =
         "weights_sha256": extractor.sha256,
         "resize": extractor.resize,
     }
-    return Reference(folder.name, statistics, torch.cat(kept)[:keep], {}, digest.hexdigest())
+    return Reference(folder.name, statistics, torch.cat(kept), {}, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -209,15 +217,18 @@ class Options:
     """How pictures become features."""
     weights: Path | None = None
     """The network's weights file, where it does not come with a package."""
-    keep: int = 10000
-    """Features to keep for the kernel distance, precision and recall."""
+    keep: int = KEPT
+    """Features to keep, of pictures drawn by chance, for the kernel distance, precision and recall; cmmd keeps all."""
     batch: int = 50
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def main(options: Options) -> None:
     """Write the file."""
-    extractor = load_extractor(options.protocol, options.device, options.weights)
+    if min(options.keep, options.batch) < 1 or options.output.suffix != ".npz":
+        raise UserError("--keep and --batch must be at least 1, and the output a file that ends in .npz")
+    extractor = load_extractor(options.protocol, place_of(options.device), options.weights)
     made = of_pictures(options.pictures, extractor, options.batch, options.keep)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     made.save(options.output, np.float32)

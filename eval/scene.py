@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from eval.clip import CLIP
 from eval.fake_score import Errors, fake_score_errors
 from eval.glb import Exported, on_white
+from eval.machine import place_of
 from eval.nearest_solid import SIZE
 from eval.scene_report import Shown, write
 from eval.scene_scores import VIEWS, judge_clip, judge_export, judge_solid
@@ -114,19 +115,20 @@ class Options:
     """Compare the stages' critics with the exact scores, which needs their teacher and checkpoints."""
     output: Path | None = None
     """Folder for the report; for one scene its own report/, for several report/ beside the first."""
-    device: str = "cpu"
-    """Where CLIP and critics run."""
+    device: str | None = None
+    """Where CLIP and critics run; default: cuda if there is one, else cpu."""
 
     def run(self) -> None:
         if not self.folders:
             raise UserError("folders: name at least one scene, e.g. runs/solids/vsd_3d/a-red-cube")
         scenes = [SceneFolder.of(folder) for folder in self.folders]
         things = [scene.thing() for scene in scenes]
-        clip = None if self.clip is None else CLIP(self.clip, self.device)
+        place = place_of(self.device)
+        clip = None if self.clip is None else CLIP(self.clip, place)
         sentences = {scene.scene.sentence for scene in scenes} | set(self._further())
         judged: list[_Judgement] = []
         for scene, thing in zip(tqdm(scenes, unit="scene", disable=len(scenes) == 1), things, strict=True):
-            errors = _fake_scores(scene.stages, self.device) if self.fake_score else {}
+            errors = _fake_scores(scene.stages, place) if self.fake_score else {}
             meshes, fields = scene.particles()
             for model, mesh, coloured in zip(scene.models, meshes, fields, strict=True):
                 found = _judge(scene, model, thing, errors)
@@ -179,7 +181,7 @@ def _judge(scene: SceneFolder, model: Path, thing: captions.Thing | None, errors
     return _Judgement(scores, exported, shown, pictures)
 
 
-def _fake_scores(stages: Sequence[Path], device: str) -> dict[str, Errors]:
+def _fake_scores(stages: Sequence[Path], device: torch.device) -> dict[str, Errors]:
     """Of the stages that have a critic, by name."""
     try:
         found = {stage.name: fake_score_errors(stage, device) for stage in stages}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from eval.features import quantize
+from eval.fid import weights_digest
+from eval.machine import place_of
 from models import teachers
 from models.condition import Condition
 from models.controlnet import NOTHING, edges
@@ -39,10 +42,22 @@ class Painter:
     guidance: float
     times: tuple[float, ...] | None = None
     to_uint8: Callable[[Tensor], Tensor] = quantize
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
         return f"{'student' if self.spec.student else 'teacher'}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a picture depends on beside its prompt and seed."""
+        return {
+            "weights_sha256": self.folder and weights_digest(self.folder),
+            "steps": self.steps,
+            "times": list(self.times or self.spec.times or ())[: self.steps],
+            "guidance": self.guidance,
+            "bytes": self.to_uint8.__name__,
+        }
 
     @property
     def nfe(self) -> int:
@@ -91,10 +106,13 @@ class Painter:
         return replace(self, times=tuple(times), steps=len(times))
 
 
-def painter(path: str | Path, steps: int, guidance: float | None = None, device: torch.device | str = "cpu") -> Painter:
+def painter(
+    path: str | Path, steps: int, guidance: float | None = None, device: torch.device | str | None = "cpu"
+) -> Painter:
     """The student or teacher in ``path``: a folder, a run folder, or embedded:NAME.
 
-    ``guidance`` None is the student's own default, or 1 for a teacher. UserError if it is not asked for prompts.
+    ``guidance`` None is the student's own default, or 1 for a teacher; ``device`` None is cuda if there is one.
+    UserError if it is not asked for prompts.
     """
     run = Path(path) / "student"
     folder = run if (run / "model_index.json").is_file() else teachers.resolve(str(path))
@@ -104,7 +122,8 @@ def painter(path: str | Path, steps: int, guidance: float | None = None, device:
     if steps < 1:
         raise UserError(f"steps: {steps} must be at least 1")
     scale = guidance if guidance is not None else spec.guidance if spec.student else 1.0
-    return Painter(denoiser.to(device), spec.to(device), steps, scale)
+    place = place_of(device)
+    return Painter(denoiser.to(place), spec.to(place), steps, scale, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,8 @@ class Options:
     """Picture whose edges a student with a control branch follows, of any size."""
     output: Path = Path("pictures.png")
     """PNG file."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 def read_lines(path: Path, side: int) -> Tensor:
@@ -140,6 +160,8 @@ def read_lines(path: Path, side: int) -> Tensor:
 def main(options: Options) -> None:
     if not options.seeds or min(options.seeds) < 0:
         raise UserError("--seeds: give at least one, none below 0")
+    if options.output.suffix not in Image.registered_extensions():
+        raise UserError(f"--output: {options.output} is no name of a picture file: end it in .png")
     made = painter(options.model, options.steps, options.guidance, options.device)
     if unknown := made.spec.unknown_words(options.prompt):
         print(f"warning: words that this model does not know: {', '.join(unknown)}", file=sys.stderr)

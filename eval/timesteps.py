@@ -54,7 +54,8 @@ class Options:
     """score: share of right pictures, equal ones ordered by distance; fd_solids: distance from true renders."""
     batch: int = 120
     """Pictures at a time."""
-    device: str = "cpu"
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def solids_metric(student: Painter, options: Options) -> Metric:
     if options.seed == EVALUATION:
         raise UserError(f"--seed: {EVALUATION} is the evaluation's own; choose another")
     asked = prompts(options.seed, options.num_images, held_out())
-    detector, features = SolidsDetector(device=options.device), SolidsFeatures(device=options.device)
+    detector, features = SolidsDetector(device=student.spec.device), SolidsFeatures(device=student.spec.device)
     reference = load_reference(features.name).statistics
     base = (1 << 32) * options.seed
 
@@ -134,8 +135,13 @@ def write_times(folder: Path, student: Painter, times: Sequence[float]) -> None:
 
 
 def main(options: Options) -> None:
-    if options.steps < 1 or options.num_images < 12:
-        raise UserError(f"--steps ({options.steps}) must be at least 1, --num-images ({options.num_images}) 12")
+    if min(options.steps, options.batch) < 1 or options.num_images < 12:
+        raise UserError(
+            f"--steps ({options.steps}) and --batch ({options.batch}) must be at least 1, --num-images "
+            f"({options.num_images}) 12"
+        )
+    if not options.student.is_dir():
+        raise UserError(f"--student: {options.student} is no folder to write step times into")
     student = painter(options.student, 1, device=options.device)
     if not student.spec.student:
         raise UserError(f"--student: {options.student} is a teacher, which has no step times")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_prompts_become_pictures_and_a_clip_score(clip: Path, tmp_path: Path, ca
     found = json.loads((tmp_path / "score.json").read_text())
     assert found["clip_score"] == pytest.approx(sum(cosines) / 4, abs=1e-6) and found["pictures"] == 4
     assert "over 4 pictures" in capsys.readouterr().out
+    changes = {"steps": ("steps", 1), "seed": ("seed", 5), "each": ("each", 1), "guidance": ("guidance", 3.0)}
+    for named, (option, value) in (changes | {"bytes": ("quantise", "truncate")}).items():
+        settings: dict[str, Any] = {"steps": 2, "each": 2} | {option: value}
+        with pytest.raises(UserError, match=f"pictures of another painter: .*{named}"):
+            paint.main(paint.Options(str(teacher), tmp_path / "prompts.txt", tmp_path / "pictures", **settings))
+    with pytest.raises(UserError, match="another painter: weights_sha256"):
+        other = save_sana(tmp_path / "other", side=4, seed=1)
+        paint.main(paint.Options(str(other), tmp_path / "prompts.txt", tmp_path / "pictures", steps=2, each=2))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="at least one prompt"):
         paint.main(paint.Options(str(teacher), tmp_path / "empty.txt", tmp_path / "pictures"))
@@ -142,7 +151,7 @@ def paint_solids(path: Path, count: int) -> Path:
     asked = prompts(0, 12)[:count]
     renders = true_renders(asked)
     paints = lambda texts, seeds: renders[list(seeds)]
-    folder.paint(paints, asked, path, each=1)
+    folder.paint(paints, asked, path, each=1, identity={})
     return path
 
 
@@ -158,7 +167,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "include": [{"class": "umbrella", "count": 1, "color": "red"}],
         "prompt": "u",
     }
-    folder.paint(noise, [umbrella, *(asked[27 * i] for i in range(9))], path, each=2)
+    folder.paint(noise, [umbrella, *(asked[27 * i] for i in range(9))], path, each=2, identity={})
     return path
 
 
@@ -215,6 +224,26 @@ def test_processes_share_the_pictures(tmp_path: Path):
     assert report["name"] == "geneval-solids" and report["scores"]["pictures"]["images"] >= 0.75
 
 
+def test_processes_paint_and_judge_their_own_prompts(
+    detector: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    student = tmp_path / "teacher"
+    save_sana(student, side=4)
+    asked = coco.metadata()[:5]
+    monkeypatch.setattr(coco, "metadata", lambda: asked)
+    options = Options(teacher=str(student), teacher_steps=(1,), teacher_guidance=1.0, detector=detector, clip=str(clip))
+    output = tmp_path / "out"
+    for rank, told in ((1, "4 of 10 pictures are judged"), (0, "by picture, with reasons")):
+        monkeypatch.setattr("eval.geneval.__main__.share", lambda rank=rank: (rank, 2))
+        main(replace(options, each=2, output=output))
+        assert told in capsys.readouterr().out
+    report = json.loads((output / "geneval.json").read_text())
+    assert [painted["seed"] for painted in report["painted"].values()] == [0]
+    assert report["scores"]["teacher, 1 step"]["images"] >= 0
+    with pytest.raises(UserError, match="pictures of another painter: seed"):
+        main(replace(options, each=2, seed=1, output=output))
+
+
 def test_verdicts_of_two_judges_are_never_mixed(tmp_path: Path):
     class Stricter(SolidsDetector):
         options = JudgeOptions(threshold=0.99)
@@ -235,13 +264,16 @@ def test_pictures_that_are_there_are_not_painted_again(tmp_path: Path):
         calls.append(list(seeds))
         return true_renders([asked[0]] * len(texts), HELD_OUT)
 
-    folder.paint(paints, asked, tmp_path, each=2, seed=7)
+    folder.paint(paints, asked, tmp_path, each=2, seed=7, identity={})
     (tmp_path / "00001" / "samples" / "00001.png").unlink()
-    folder.paint(paints, asked, tmp_path, each=2, seed=7)
+    folder.paint(paints, asked, tmp_path, each=2, seed=7, identity={})
     assert calls == [[7, 8], [9, 10], [11, 12], [10]]
     assert [p.name for p in folder.pictures(tmp_path)][:3] == ["00000/00000.png", "00000/00001.png", "00001/00000.png"]
     with pytest.raises(UserError, match="another prompt"):
-        folder.paint(paints, asked[::-1], tmp_path, each=2)
+        folder.paint(paints, asked[::-1], tmp_path, each=2, seed=7, identity={})
+    (tmp_path / "paint.json").unlink()
+    with pytest.raises(UserError, match=r"no paint\.json says whose"):
+        folder.paint(paints, asked, tmp_path, each=2, seed=7, identity={})
 
 
 def test_mistakes_are_one_line(tmp_path: Path):
@@ -255,3 +287,11 @@ def test_mistakes_are_one_line(tmp_path: Path):
         main(Options(images=tmp_path, student=tmp_path))
     with pytest.raises(UserError, match="missing; name a student"):
         main(Options())
+    with pytest.raises(UserError, match="--num-images: beside --detector"):
+        main(Options(student=tmp_path, detector=tmp_path, num_images=20))
+    with pytest.raises(UserError, match="--guidance: beside --images"):
+        main(Options(images=tmp_path, guidance=2.0))
+    with pytest.raises(UserError, match=r"--batch \(0\)"):
+        main(Options(student=tmp_path, batch=0))
+    with pytest.raises(UserError, match="device: nowhere is not available"):
+        main(Options(teacher="embedded:solids", device="nowhere"))

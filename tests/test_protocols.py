@@ -25,7 +25,7 @@ from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbo
 from eval.nearest import nearest
 from eval.pictures import batches, picture_files
 from eval.protocols import INCEPTION
-from eval.reference import Reference, load_reference, of_pictures, open_reference
+from eval.reference import load_reference, of_pictures, open_reference
 from models.condition import Condition
 from models.errors import UserError
 from models.student import OneStepStudent
@@ -347,10 +347,20 @@ def test_dinov2_and_cmmd_on_tiny_networks(tmp_path: Path):
     with pytest.raises(UserError, match="needs a folder of DINOv2"):
         load_extractor("fd_dinov2")
     extractor = load_extractor("cmmd", weights=clip)
-    kept = replace(of_pictures(real, extractor, keep=5))
-    assert isinstance(kept, Reference)
+    whole = of_pictures(real, extractor, keep=5)
+    assert len(whole.features) == 15
+    replace(whole, features=whole.features[:5]).save(tmp_path / "some.npz")
     with pytest.raises(UserError, match="every picture"):
-        fid.measured("x", 1, noise(0, 12, 16), extractor, kept, fid.protocol(extractor, kept, 12, None, None, "cmmd"))
+        fid.evaluate_pictures(made, "cmmd", clip, tmp_path / "some.npz")
+
+
+def test_kept_features_are_of_pictures_drawn_by_chance(tmp_path: Path):
+    real, extractor = write_pictures(tmp_path / "real", 30, 1), load_extractor("fd_effnet_lite0_64")
+    whole, some = (of_pictures(real, extractor, 7, keep) for keep in (100, 10))
+    places = [int((whole.features - row).abs().sum(1).argmin()) for row in some.features]
+    assert len(whole.features) == 30 and torch.equal(whole.features[places], some.features)
+    assert places == sorted(set(places)) and len(places) == 10 and max(places) > 15
+    assert whole.statistics.mean.equal(some.statistics.mean)
 
 
 # --------------------------------------------------------------------------------------------- nearest and curves
@@ -379,6 +389,8 @@ def test_copies_are_found():
     assert copied.closer == 1 and torch.equal(copied.pairs[:, 0], copied.pairs[:, 1])
     fresh = nearest(quantize(noise(1, 200, 1, 32, 32).clamp(-1, 1)), training, extractor, among=400)
     assert fresh.closer < 0.1 and fresh.among == 400 and fresh.pairs.shape == (10, 2, 1, 32, 32)
+    training.images[200:220] = training.images[:20]  # pictures that are there twice
+    assert nearest(quantize(training.images[:50]), training, extractor, among=400).closer == 1
 
 
 def test_a_report_shows_curve_and_copies(student: Path, tmp_path: Path):

@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 
 from eval import report as reports
 from eval.features import extract
-from eval.fid import environment, share
 from eval.frechet import frechet_distance
 from eval.geneval import coco, folder, judge
 from eval.geneval.coco_judge import CocoJudge
 from eval.geneval.folder import Paints, scores, standard_error
 from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
+from eval.machine import environment, home_of, place_of, refuse_unread, share
 from eval.reference import load_reference
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
@@ -52,15 +52,15 @@ class Options:
     each: int = 4
     """Pictures of each of GenEval's prompts."""
     student: Path | None = None
-    """A run folder, or an exported student."""
+    """A run folder, an exported student, or embedded:NAME."""
     teacher: str | None = None
     """Folder of a teacher, or embedded:NAME."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Steps of the student, one score each."""
     teacher_steps: tuple[int, ...] = (20,)
     """Heun steps of the teacher, one score each."""
-    teacher_guidance: float = 4.5
-    """Classifier-free guidance of the teacher."""
+    teacher_guidance: float = 3.0
+    """Classifier-free guidance of the teacher; Sana's own is 4.5."""
     guidance: float | None = None
     """Scale that the student is told; default: its own."""
     num_images: int = 600
@@ -70,8 +70,10 @@ class Options:
     batch: int = 100
     """Pictures at a time; does not change the result."""
     output: Path | None = None
-    """Folder for geneval.json, a JSONL file of each sampler and a grid; default: geneval/ in that of --student."""
-    device: str = "cpu"
+    """Folder for geneval.json, a JSONL file of each sampler and a grid; default: geneval/ in that of --student,
+    or in report/NAME of an embedded one."""
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +150,19 @@ def painters(options: Options) -> dict[str, Painter]:
     return found
 
 
-def evaluate(options: Options) -> list[Result]:
+def evaluate(options: Options, paints: Mapping[str, Painter], place: torch.device) -> list[Result]:
     """On the solids world: true renders first, then every sampler on the same prompts and noise."""
     if options.num_images < len(TASKS):
         raise UserError(
             f"--num-images: {options.num_images} is too few: give at least one for each of {len(TASKS)} tasks"
         )
     asked = prompts(EVALUATION, options.num_images)
-    detector, features = SolidsDetector(device=options.device), SolidsFeatures(device=options.device)
+    detector, features = SolidsDetector(device=place), SolidsFeatures(device=place)
     first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0])
     results = [
         judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), detector, features)
     ]
-    for name, paint in painters(options).items():
+    for name, paint in paints.items():
         made = batches(paint, asked, options.seed, options.batch, name)
         results.append(judge_pictures(name, made, detector, features))
     return results
@@ -176,28 +178,37 @@ def write(report: Mapping[str, Any], output: Path) -> None:
 
 def judge_folders(options: Options, output: Path) -> None:
     """GenEval on folders of pictures, painted first if a model is named; the process that ends last sums up."""
-    rank, world = share()
+    (rank, world), place = share(), place_of(options.device)
     by: folder.Judge
-    by = CocoJudge(options.detector, options.clip, options.device) if options.detector else SolidsDetector()
+    by = CocoJudge(options.detector, options.clip, place) if options.detector else SolidsDetector(device=place)
     asked = coco.metadata()
-    folders = {"pictures": options.images} if options.images else {}
-    for name, paints in painters(options).items():
-        folders[name] = output / file_name(name) / "images"
-        folder.paint(paints, asked, folders[name], options.each, options.seed, rank, world)
+    folders, count, painted = {}, None, {}
+    if options.images:
+        folders = {"pictures": options.images}
+    else:
+        count = options.each * len(asked)
+        for name, paints in painters(options).items():
+            folders[name] = output / file_name(name) / "images"
+            painted[name] = paints.identity | {"seed": options.seed, "each": options.each}
+            folder.paint(
+                paints, asked, folders[name], options.each, options.seed, rank, world, identity=paints.identity
+            )
     found: dict[str, dict[str, Any]] = {}
     every: list[folder.Picture] = []
     known: dict[str, dict[str, Any]] = {}
     for name, pictures in folders.items():
         own = output if options.images else output / file_name(name)
-        folder.judge_folder(pictures, by, own, rank, world)
-        every, known = folder.pictures(pictures), folder.read_records(own)
-        if len(known) < len(every) or (not options.images and len(every) < options.each * len(asked)):
-            judged = f"{len(known)} of {len(every)} pictures are judged"
-            print(f"{name}: {judged}: the other processes, or the same command, go on")
+        known = folder.judge_folder(pictures, by, own, rank, world, count)
+        whole = count or len(folder.pictures(pictures))
+        if len(known) < whole:
+            print(
+                f"{name}: {len(known)} of {whole} pictures are judged: the other processes, or the same command, go on"
+            )
             return
+        every = folder.pictures(pictures)
         found[name] = folder.scores(known[picture.name] for picture in every)
-    report = {"name": by.name, "protocol": by.protocol, "scores": found}
-    report |= {"environment": environment(torch.device(options.device))}
+    report = {"name": by.name, "protocol": by.protocol, "painted": painted, "scores": found}
+    report |= {"environment": environment(place)}
     write(report, output)
     name = list(folders)[-1]
     wrong = reports.failures([known[p.name] for p in every], lambda index: Image.open(every[index].path))
@@ -210,12 +221,23 @@ def main(options: Options) -> None:
         raise UserError("--images: pictures are judged as they are: leave out --student and --teacher")
     if options.images is None and options.student is None and options.teacher is None:
         raise UserError("--student: missing; name a student, a teacher, both, or --images")
-    home = options.student if options.student is not None else options.images and options.images.parent
+    if options.batch < 1 or options.each < 1:
+        raise UserError(f"--batch ({options.batch}) and --each ({options.each}) must be at least 1")
+    if options.images is not None:
+        named = ("steps", "teacher_steps", "teacher_guidance", "guidance", "seed", "each", "num_images", "batch")
+        refuse_unread(options, named, "beside --images")
+    elif options.detector is not None:
+        refuse_unread(options, ("num_images", "batch"), "beside --detector, whose prompts are GenEval's 553,")
+    else:
+        refuse_unread(options, ("each", "clip"), "without --detector")
+    home = home_of(options.student) if options.student is not None else options.images and options.images.parent
     output = options.output or (home / "geneval" if home else Path("report/geneval"))
     if options.images is not None or options.detector is not None:
         judge_folders(options, output)
         return
-    results = evaluate(options)
+    place = place_of(options.device)
+    paints = painters(options)
+    results = evaluate(options, paints, place)
     output.mkdir(parents=True, exist_ok=True)
     for result in results:
         lines = "".join(json.dumps(record) + "\n" for record in result.records)
@@ -227,12 +249,12 @@ def main(options: Options) -> None:
             "prompts": f"captions.prompts({EVALUATION}, {options.num_images})",
             "seeds": f"{options.seed} .. {options.seed + options.num_images - 1}",
             "detector_sha256": SolidsDetector().sha256,
-            "teacher_guidance": options.teacher_guidance,
+            "guidance": {name: paint.guidance for name, paint in paints.items()},
             "reference_sha256": load_reference("fd_solids").sha256,
         },
         "student": str(options.student),
         "teacher": options.teacher,
-        "environment": environment(torch.device(options.device)),
+        "environment": environment(place),
         "scores": {result.name: result.scores for result in results},
     }
     write(report, output)

@@ -1,8 +1,8 @@
 """Pictures in GenEval's folder layout: painted, judged one by one, and summed up; each part goes on where it stopped.
 
 ``NNNNN/metadata.jsonl`` holds a prompt's metadata in one line, ``NNNNN/samples/NNNNN.png`` its pictures. Verdicts are
-appended to ``results-RANK.jsonl`` as they are made; what judged is kept in ``protocol.json``, and verdicts of another
-judge are never added to it.
+appended to ``results-RANK.jsonl`` as they are made. What painted is kept in ``paint.json``, what judged in
+``protocol.json``: pictures or verdicts of another are never added.
 """
 
 import json
@@ -67,11 +67,18 @@ def paint(
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
+    *,
+    identity: Mapping[str, Any],
 ) -> None:
     """Write ``each`` pictures of every prompt that process ``rank`` of ``world`` has to paint, those that are missing.
 
-    Picture k of prompt p has the noise of seed ``seed + each * p + k``.
+    Picture k of prompt p has the noise of seed ``seed + each * p + k``. ``identity`` says whose pictures they are:
+    UserError for a folder that holds another's.
     """
+    stamp = folder / "paint.json"
+    if not stamp.is_file() and next(folder.glob("*/samples/*.png"), None) is not None:
+        raise UserError(f"{folder} holds pictures, and no paint.json says whose: give another folder")
+    require_same(stamp, {**identity, "each": each, "seed": seed}, "pictures of another painter")
     for index in tqdm(range(rank, len(asked), world), desc="paint", unit="prompt", disable=rank > 0):
         metadata = asked[index]
         own = folder / f"{index:05d}"
@@ -79,7 +86,7 @@ def paint(
         (own / "samples").mkdir(parents=True, exist_ok=True)
         if line.is_file() and json.loads(line.read_text()) != metadata:
             raise UserError(f"{line}: another prompt than the one to paint there: give another folder")
-        line.write_text(json.dumps(metadata) + "\n")
+        replace_text(line, json.dumps(metadata) + "\n")
         missing = [k for k in range(each) if not (own / "samples" / f"{k:05d}.png").is_file()]
         if not missing:
             continue
@@ -91,10 +98,14 @@ def paint(
             temporary.replace(target)
 
 
-def pictures(folder: Path) -> list[Picture]:
-    """All pictures of a folder in GenEval's layout, in order; UserError if there are none or a prompt is unreadable."""
+def pictures(folder: Path, rank: int = 0, world: int = 1) -> list[Picture]:
+    """Pictures of the prompts rank, rank + world, ... of a folder in GenEval's layout, in order.
+
+    UserError if there are none or a prompt is unreadable.
+    """
     found: list[Picture] = []
-    for own in sorted(path for path in folder.glob("*") if re.fullmatch(r"\d+", path.name)):
+    every = sorted(path for path in folder.glob("*") if re.fullmatch(r"\d+", path.name))
+    for own in (path for path in every if int(path.name) % world == rank):
         try:
             metadata = json.loads((own / "metadata.jsonl").read_text())
             _ = metadata["tag"], metadata["prompt"], metadata["include"]
@@ -119,7 +130,7 @@ def verdict(image: Tensor, found: Sequence[Detection], wanted: Mapping[str, Any]
     return {"tag": wanted["tag"], "prompt": wanted["prompt"], "correct": correct, "reason": reason, "found": seen}
 
 
-def require_protocol(path: Path, mine: Mapping[str, Any]) -> None:
+def require_same(path: Path, mine: Mapping[str, Any], other: str) -> None:
     """Write ``mine`` to ``path``, or see that it is there; UserError that names what differs."""
     mine = json.loads(json.dumps(mine))
     if path.is_file():
@@ -127,7 +138,7 @@ def require_protocol(path: Path, mine: Mapping[str, Any]) -> None:
         differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         if differing:
             pairs = ", ".join(f"{key} ({theirs.get(key)} / {mine.get(key)})" for key in differing)
-            raise UserError(f"{path.parent} holds verdicts of another protocol: {pairs}; give another --output")
+            raise UserError(f"{path.parent} holds {other}: {pairs}; give another folder")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(mine, indent=2) + "\n")
@@ -146,12 +157,18 @@ def read_records(output: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def judge_folder(folder: Path, by: Judge, output: Path, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    """Verdicts of all pictures, those that are there and those that process ``rank`` of ``world`` makes now."""
-    every = pictures(folder)
-    require_protocol(output / "protocol.json", by.protocol | {"options": asdict(by.options), "pictures": len(every)})
+def judge_folder(
+    folder: Path, by: Judge, output: Path, rank: int = 0, world: int = 1, count: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Verdicts by picture, those that are there and those that process ``rank`` of ``world`` makes now.
+
+    With ``count``, as many pictures are being painted by all processes, and each judges those that it painted.
+    """
+    mine = pictures(folder) if count is None else pictures(folder, rank, world)
+    stated = by.protocol | {"options": asdict(by.options), "pictures": len(mine) if count is None else count}
+    require_same(output / "protocol.json", stated, "verdicts of another protocol")
     done = read_records(output)
-    mine = [picture for picture in every[rank::world] if picture.name not in done]
+    mine = [picture for picture in (mine[rank::world] if count is None else mine) if picture.name not in done]
     with (output / f"results-{rank:05d}.jsonl").open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
             file.write(b"\n")
@@ -160,8 +177,7 @@ def judge_folder(folder: Path, by: Judge, output: Path, rank: int = 0, world: in
             record = {"picture": picture.name} | verdict(image, by(image[None])[0], picture.metadata, by)
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
-            done[picture.name] = record
-    return [done[picture.name] for picture in every if picture.name in done]
+    return read_records(output)
 
 
 def _ends_a_line(file: Any) -> bool:

@@ -7,6 +7,9 @@ import importlib
 from dataclasses import dataclass
 
 import torch
+import tyro
+
+from models.errors import run_command
 
 NEEDED = {"trimesh": "GLB, OBJ and PLY", "xatlas": "textures", "fast_simplification": "fewer triangles"}
 VIDEO = {"imageio": "the turntable", "imageio_ffmpeg": "the turntable"}
@@ -54,6 +57,11 @@ def findings() -> list[Finding]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Say what text to 3D can use here."""
     for finding in findings():
         print(finding)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main))
