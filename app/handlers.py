@@ -15,7 +15,7 @@ import gradio as gr
 from app import files
 from app.ask import Ask, shown
 from app.engine import Engine
-from app.networks import Made
+from app.networks import Facts, Made
 from models.errors import UserError
 
 P = ParamSpec("P")
@@ -111,6 +111,11 @@ def sentence(made: Made, ask: Ask) -> str:
     if made.unknown:
         line += f"<br><span class='warn'>unknown to this model: {html.escape(', '.join(made.unknown))}</span>"
     return f"<span role='status'>{line}</span>"
+
+
+def range_of_steps(facts: Facts) -> dict[str, Any]:
+    """Of a slider of steps; it is hidden where there is but one, which Gradio takes for no range."""
+    return {"maximum": max(2, facts.most_steps), "visible": facts.most_steps > 1}
 
 
 def usual(engine: Engine) -> str:

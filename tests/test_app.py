@@ -600,6 +600,12 @@ def test_a_full_queue_is_said_politely(engine: Engine):
     assert answers and all(asked == answered for asked, answered in answers.items())
 
 
+def test_a_student_of_one_step_alone_opens_the_page_and_has_no_choice_of_steps(tmp_path: Path):
+    page = studio.build_app(Engine(Library([]), [str(save_network(tmp_path / "one", 2.5, 0))]))
+    steps = {block.elem_id: block for block in page.blocks.values() if isinstance(block, gradio.Slider)}
+    assert [steps[name].visible for name in ("steps", "left-steps", "right-steps")] == [False, True, False]
+
+
 # ----------------------------------------------------------------------------------------------------- commands
 
 
