@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.ask import MAX_COUNT, MAX_SEED, Ask
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, range_of_steps, usual
+from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, range_of_steps, refresh, usual
 from app.networks import Made
 from app.scores import scores
 from models.errors import UserError
@@ -69,7 +69,7 @@ def _opponent(engine: Engine, name: str) -> str:
     return name
 
 
-def tab(engine: Engine) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     student = usual(engine)
     teacher = _opponent(engine, student)
@@ -144,6 +144,7 @@ def tab(engine: Engine) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     left.input(steps_of, left, left_steps, **quiet).success(**again)
     right.input(steps_of, right, right_steps, **quiet).success(**again)
+    refresh(page, this, engine.names, left, right)
 
 
 def _told(engine: Engine, left: str, right: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from app.handlers import (
     file_data,
     guarded,
     range_of_steps,
+    refresh,
     sentence,
     uploaded,
 )
@@ -101,7 +102,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(edges, api_name="edges", **MODEL)
 
 
-def tab(engine: Engine) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     names = engine.drawing()
     if not names:
@@ -163,3 +164,4 @@ def tab(engine: Engine) -> None:
     photograph.upload(traced, [photograph, model], canvas, show_progress="hidden", api_visibility="private").success(
         **again
     )
+    refresh(page, this, engine.drawing, model)

@@ -16,6 +16,7 @@ from app.handlers import (
     file_data,
     guarded,
     range_of_steps,
+    refresh,
     sentence,
     uploaded,
     usual,
@@ -84,7 +85,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(models, api_name="models")
 
 
-def tab(engine: Engine, page: gr.Blocks) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     first = usual(engine)
     facts = engine.facts(first)
@@ -190,7 +191,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         ask = files.read_settings(uploaded(path))
         known = engine.facts(ask.model)
         return (
-            ask.model,
+            gr.update(choices=engine.names(), value=ask.model),
             gr.update(value=ask.prompt, visible=not known.classes),
             gr.update(
                 choices=list(known.classes), value=ask.prompt if known.classes else None, visible=bool(known.classes)
@@ -219,6 +220,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         from_file, reload, [model, prompt, chosen, seed, steps, count, guidance, other, walk], **quiet
     ).success(**again)
     picked.click(None, [seed, count], [seed, count], js=PICK).then(**again)
+    refresh(page, this, engine.names, model)
     page.load(None, js=LISTEN)
     page.load(**again)
 

@@ -118,6 +118,21 @@ def range_of_steps(facts: Facts) -> dict[str, Any]:
     return {"maximum": max(2, facts.most_steps), "visible": facts.most_steps > 1}
 
 
+def refresh(page: gr.Blocks, this: gr.Tab, names: Callable[[], list[str]], *lists: gr.Dropdown) -> None:
+    """Fill ``lists`` with ``names`` whenever the page is opened or the tab is chosen; what is chosen there stays."""
+
+    @guarded
+    def listed(*chosen: object) -> dict[gr.Dropdown, Any]:
+        now = names()
+        # A model that was removed stays too where it is chosen: the engine says what became of it, Gradio does not.
+        gone = [[value] if isinstance(value, str) and value not in now else [] for value in chosen]
+        return {each: gr.update(choices=now + kept) for each, kept in zip(lists, gone, strict=True)}
+
+    # Unchecked: the lists of an old page, whose session was given up, are those of the start.
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.on([page.load, this.select], listed, list(lists), list(lists), preprocess=False, **quiet)
+
+
 def usual(engine: Engine) -> str:
     """The model that a page opens with."""
     names = engine.names()

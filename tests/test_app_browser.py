@@ -23,6 +23,7 @@ from app.ask import Ask
 from app.engine import Engine
 from app.library import Library
 from tests.test_app import save_mesh, save_run
+from tests.tiny import save_network
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -189,6 +190,33 @@ def test_a_model_of_classes_asks_for_classes(page: "Page"):
     page.get_by_label("Class", exact=True).click()
     page.get_by_role("option", name="sneaker").click()
     until(page, lambda: shown(page).prompt == "sneaker")
+
+
+def test_students_exported_meanwhile_can_be_chosen(page: "Page", root: Path, tmp_path: Path):
+    def options(label: str) -> list[str]:
+        page.get_by_label(label, exact=True).locator("visible=true").click()
+        return page.get_by_role("option").all_inner_texts()
+
+    save_network(root / "late" / "student", 2.5, 0)
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(files.encode(Image.new("RGB", (8, 8)), Ask("runs/late", "bag").as_json(), "png"))
+    page.get_by_text("Download and reload").click()
+    upload(page, "#reload", kept)
+    until(page, lambda: shown(page).model == "runs/late")
+    page.reload()
+    until(page, lambda: "runs/late" in " ".join(options("Model")))
+    page.get_by_role("option", name="runs/late").click()
+    until(page, lambda: shown(page).model == "runs/late")
+    save_network(root / "later" / "student", 2.5, 0)
+    (root / "later" / "student" / "controlnet").mkdir()
+    shutil.rmtree(root / "late")
+    for tab, label in (("Draw", "Model"), ("Compare", "Left model"), ("Compare", "Right model"), ("Generate", "Model")):
+        drive.choose_tab(page, tab)
+        if tab == "Draw":
+            page.get_by_text("Model, seed, strength of the lines").click()
+        until(page, lambda label=label: "runs/later" in " ".join(options(label)))
+        page.keyboard.press("Escape")
+    expect(page.get_by_label("Model", exact=True).locator("visible=true")).to_have_value("runs/late")
 
 
 def test_compare_shows_both_models_on_the_same_noise(page: "Page"):
