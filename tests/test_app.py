@@ -291,6 +291,35 @@ def test_scores_come_from_reports_and_damaged_ones_say_nothing(tmp_path: Path):
     assert scores(run / "student") == [("student, 1 step (g)", "50.0 %")]
 
 
+def test_samples_follow_the_newest_step_where_it_was_shown(tmp_path: Path):
+    def add(run: Path, *steps: int) -> None:
+        for step in steps:
+            (run / "samples" / f"step-{step:06d}.png").write_bytes(b"")
+
+    one, other = save_run(tmp_path / "one", 200), save_run(tmp_path / "other", 200)
+    add(other, 900_000)
+    page = studio.build_app(Engine(Library([one, other])))
+    handlers = {call.name: call.fn for call in page.fns.values()}
+    seen: Any = next(block.value for block in page.blocks.values() if isinstance(block, gradio.State))
+
+    def shown(run: str, step: int | None, handler: str = "look") -> int:
+        nonlocal seen
+        *_, steps, _, _, _, seen = handlers[handler]([run], None, step, seen)
+        return steps["value"]
+
+    assert shown("one", None) == 200
+    assert shown("other", 200) == 900_000  # another run, though it has the step as well
+    assert shown("other", 200) == 200
+    add(other, 1_000_000)
+    assert shown("other", 200, "again") == 200
+    assert shown("other", 900_000) == 900_000  # the second newest
+    add(other, 1_000_100)
+    assert shown("other", 900_000, "again") == 900_000
+    assert shown("other", 1_000_100, "again") == 1_000_100
+    add(other, 1_000_200)
+    assert shown("other", 1_000_100, "again") == 1_000_200
+
+
 # ------------------------------------------------------------------------------------------------------- models
 
 
