@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -218,6 +219,32 @@ def test_only_the_latest_files_are_kept(monkeypatch: pytest.MonkeyPatch):
     made += [Path(files.serve(b"y", "x.png"))]
     assert made[-1].read_bytes() == b"y" and sum(path.is_file() for path in made) >= 2
     assert len(files._served) == files.MOST_FILES
+
+
+def test_a_file_is_copied_once_until_it_changes(tmp_path: Path):
+    path = tmp_path / "mesh.glb"
+    path.write_bytes(b"one")
+    copy = scenes.copied(path)
+    assert copy and scenes.copied(path) == copy and Path(copy).read_bytes() == b"one"
+    path.write_bytes(b"another")
+    changed = scenes.copied(path)
+    assert changed and changed != copy and Path(changed).read_bytes() == b"another"
+    Path(changed).unlink()  # as Gradio does in time
+    anew = scenes.copied(path)
+    assert anew and anew == scenes.copied(path) and Path(anew).read_bytes() == b"another"
+
+
+def test_only_so_many_bytes_of_the_most_recently_used_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "_served", OrderedDict())
+    monkeypatch.setattr(files, "MOST_SERVED", 10)
+    path = tmp_path / "mesh.glb"
+    path.write_bytes(b"mesh")
+    copy, other = scenes.copied(path), files.serve(b"other", "x.png")
+    assert copy and scenes.copied(path) == copy
+    files.serve(b"third", "x.png")
+    assert Path(copy).is_file() and not Path(other).is_file()
+    large = files.serve(b"larger than all", "x.png")
+    assert Path(large).is_file() and len(files._served) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- runs
