@@ -309,8 +309,8 @@ def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
     drive.choose_tab(page, "Runs")
     page.get_by_label("Runs", exact=False).first.click()
     page.get_by_role("option", name="runs/live").click()
-    chosen = page.locator("#runs .token")
-    until(page, lambda: "runs/live" in " ".join(page.locator("#runs").all_inner_texts()))
+    chosen = page.locator("#runs .token").filter(has_text="runs/live")
+    expect(chosen).to_have_count(1)
     page.locator("#chart svg").wait_for()
     before = page.locator("#chart figure").get_attribute("aria-label")
     with (run / "metrics.jsonl").open("a") as file:
@@ -321,7 +321,7 @@ def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
     expect(page.frame_locator("#report iframe").first.get_by_role("heading")).to_have_text("A report")
     shutil.rmtree(run)
     until(page, lambda: "runs/live: removed" in page.locator("#chart").inner_text())
-    assert chosen.count() >= 0
+    expect(chosen).to_have_count(0)
     drive.choose_tab(page, "Generate")
     page.locator("#prompt textarea").fill("a cone")
     until(page, lambda: shown(page).prompt == "a cone")
