@@ -300,6 +300,46 @@ def test_a_training_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         list(scenes.train("a\x00", Library([tmp_path])))
 
 
+TRAINING = """
+import pathlib, signal, sys
+log = pathlib.Path(sys.argv[-1].removeprefix("--output=")) / "log"
+log.parent.mkdir(parents=True, exist_ok=True)
+
+def save(*_):
+    with log.open("a") as file:
+        file.write("saved ")
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+signal.alarm(120)  # no longer than its test
+with log.open("a") as file:
+    file.write("started ")
+while True:
+    signal.pause()
+"""
+"""A stand-in for distill/train.py, which tells what happens to it."""
+
+
+def save_training(root: Path) -> Path:
+    """A copy of the studio that trains no scene, but waits to be stopped."""
+    for name, text in (("distill/train.py", TRAINING), (scenes.CONFIG, "")):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_a_training_is_stopped_and_saved_when_nobody_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scenes, "ROOT", save_training(tmp_path / "studio"))
+    monkeypatch.setattr(scenes, "LOOK_EVERY", 0.01)
+    log = tmp_path / "runs" / "scenes" / "log"
+    lines = scenes.train("a red cube", Library([tmp_path / "runs"]))
+    assert next(lines)[0] == "starting"
+    while not log.is_file() or log.read_text() != "started ":
+        next(lines)
+    lines.close()
+    assert log.read_text() == "started saved "
+
+
 def test_nothing_outside_a_run_is_read(tmp_path: Path):
     run = save_run(tmp_path / "run").resolve()
     (tmp_path / "secret.png").write_bytes(b"secret")

@@ -22,7 +22,7 @@ from app import drive, files, scenes, studio
 from app.ask import Ask
 from app.engine import Engine
 from app.library import Library
-from tests.test_app import save_mesh, save_run
+from tests.test_app import save_mesh, save_run, save_training
 from tests.tiny import save_network
 
 if TYPE_CHECKING:
@@ -300,6 +300,28 @@ def test_a_scene_can_be_turned_around_and_downloaded(
     page.get_by_text("A new scene").click()
     page.get_by_role("button", name="Train it").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("configs/missing.yaml is not here")
+
+
+def test_a_training_ends_with_its_button_and_with_its_page(
+    page: "Page", browser: "Browser", address: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scenes, "ROOT", save_training(tmp_path))
+    log, other = root / "scenes" / "log", drive.open_page(browser, address)
+
+    def said(*words: str) -> bool:
+        return log.is_file() and log.read_text().split() == list(words)
+
+    drive.choose_tab(other, "3D")
+    other.get_by_text("A new scene").click()
+    other.get_by_role("button", name="Train it").click()
+    until(page, lambda: said("started"))
+    other.get_by_role("button", name="Stop and save").click()
+    until(page, lambda: said("started", "saved"))
+    other.get_by_role("button", name="Train it").click()
+    until(page, lambda: said("started", "saved", "started"))
+    other.close()
+    until(page, lambda: said("started", "saved", "started", "saved"))
+    shutil.rmtree(log.parent)
 
 
 def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
