@@ -9,8 +9,8 @@ import gradio as gr
 
 from app.ask import MAX_COUNT, MAX_SEED, Ask
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, usual
-from app.networks import MOST_TEACHER_STEPS, Made
+from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, range_of_steps, refresh, usual
+from app.networks import Made
 from app.scores import scores
 from models.errors import UserError
 
@@ -69,7 +69,7 @@ def _opponent(engine: Engine, name: str) -> str:
     return name
 
 
-def tab(engine: Engine) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     student = usual(engine)
     teacher = _opponent(engine, student)
@@ -96,10 +96,12 @@ def tab(engine: Engine) -> None:
             names = engine.names()
             left = gr.Dropdown(names, value=teacher, label="Left model", elem_id="compare-left", interactive=True)
             left_steps = gr.Slider(
-                1, MOST_TEACHER_STEPS, others.steps, step=1, label="Left steps", elem_id="left-steps"
+                1, value=others.steps, step=1, label="Left steps", elem_id="left-steps", **range_of_steps(others)
             )
             right = gr.Dropdown(names, value=student, label="Right model", elem_id="compare-right", interactive=True)
-            right_steps = gr.Slider(1, facts.most_steps, 1, step=1, label="Right steps", elem_id="right-steps")
+            right_steps = gr.Slider(
+                1, value=1, step=1, label="Right steps", elem_id="right-steps", **range_of_steps(facts)
+            )
             with gr.Accordion("Seed, guidance, number", open=False):
                 seed = gr.Number(
                     7, label="Seed of both", precision=0, minimum=0, maximum=MAX_SEED, elem_id="compare-seed"
@@ -129,7 +131,7 @@ def tab(engine: Engine) -> None:
     @guarded
     def steps_of(model: str) -> Any:
         known = engine.facts(model)
-        return gr.update(maximum=known.most_steps, value=known.steps, visible=known.most_steps > 1)
+        return gr.update(value=known.steps, **range_of_steps(known))
 
     asked = [prompt, left, left_steps, right, right_steps, seed, guidance, count]
     again: dict[str, Any] = (
@@ -142,6 +144,7 @@ def tab(engine: Engine) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     left.input(steps_of, left, left_steps, **quiet).success(**again)
     right.input(steps_of, right, right_steps, **quiet).success(**again)
+    refresh(page, this, engine.names, left, right)
 
 
 def _told(engine: Engine, left: str, right: str) -> tuple[str, str]:

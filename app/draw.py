@@ -14,7 +14,19 @@ from torch import Tensor
 from app import files
 from app.ask import MAX_SEED, Ask, real
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, sentence, uploaded
+from app.handlers import (
+    AS_YOU_GO,
+    MODEL,
+    PICTURE,
+    as_file,
+    figures,
+    file_data,
+    guarded,
+    range_of_steps,
+    refresh,
+    sentence,
+    uploaded,
+)
 from models.errors import UserError
 
 LONGEST = 400_000
@@ -90,7 +102,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(edges, api_name="edges", **MODEL)
 
 
-def tab(engine: Engine) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     names = engine.drawing()
     if not names:
@@ -126,7 +138,7 @@ def tab(engine: Engine) -> None:
         model = gr.Dropdown(names, value=names[0], label="Model", interactive=True)
         strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the lines", elem_id="strength")
         seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="draw-seed")
-        steps = gr.Slider(1, facts.most_steps, 1, step=1, label="Steps")
+        steps = gr.Slider(1, value=1, step=1, label="Steps", **range_of_steps(facts))
 
     @guarded
     def show(drawing: str, prompt: str, model: str, seed: Any, steps: Any, strength: Any) -> tuple[Any, ...]:
@@ -152,3 +164,4 @@ def tab(engine: Engine) -> None:
     photograph.upload(traced, [photograph, model], canvas, show_progress="hidden", api_visibility="private").success(
         **again
     )
+    refresh(page, this, engine.drawing, model)

@@ -3,10 +3,14 @@
 import atexit
 import io
 import math
+import os
 import shutil
 import tempfile
+import threading
 import warnings
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Hashable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -27,6 +31,8 @@ MAX_PIXELS = 50_000_000
 QUALITY = 95
 MOST_FILES = 4096
 """Files that are served at a time; a page that made as many since has to ask anew."""
+MOST_SERVED = 2**30
+"""Bytes of these files; the latest is kept however large it is."""
 
 Format = Literal["png", "jpeg"]
 
@@ -59,7 +65,9 @@ def encode(picture: Image.Image, settings: str | None, kind: Format) -> bytes:
     return buffer.getvalue()
 
 
-_served: deque[Path] = deque()
+_served: OrderedDict[Hashable, tuple[Path, int]] = OrderedDict()
+"""Files and their sizes by what they are copies of, else by their paths; the least recently used first."""
+_serving, _copying = threading.Lock(), threading.Lock()
 
 
 @cache
@@ -70,17 +78,34 @@ def cache_folder() -> Path:
     return folder
 
 
-def serve(data: bytes, name: str) -> str:
+def serve(data: bytes, name: str, source: Hashable = None) -> str:
     """Write ``data`` as a file that the app serves, under a path that nobody can guess.
 
-    The latest :data:`MOST_FILES` files are kept.
+    The latest :data:`MOST_FILES` files of :data:`MOST_SERVED` bytes are kept. ``source``: what it is a copy of.
     """
-    place = Path(tempfile.mkdtemp(dir=cache_folder()))
-    (place / name).write_bytes(data)
-    _served.append(place)
-    while len(_served) > MOST_FILES:
-        shutil.rmtree(_served.popleft(), ignore_errors=True)
-    return str(place / name)
+    path = Path(tempfile.mkdtemp(dir=cache_folder())) / name
+    path.write_bytes(data)
+    with _serving:
+        _served[source or path] = path, len(data)
+        _served.move_to_end(source or path)
+        while len(_served) > MOST_FILES or (len(_served) > 1 and sum(n for _, n in _served.values()) > MOST_SERVED):
+            _, (oldest, _) = _served.popitem(last=False)
+            shutil.rmtree(oldest.parent, ignore_errors=True)
+    return str(path)
+
+
+def serve_copy(path: Path) -> str:
+    """Serve a copy of a file as it is now; one copy does until the file changes."""
+    with _copying:
+        stat = path.stat()
+        source = path, stat.st_mtime_ns, stat.st_size
+        with _serving, suppress(FileNotFoundError):  # Gradio deletes what nobody touched for an hour
+            if source in _served:
+                copy, _ = _served[source]
+                os.utime(copy)
+                _served.move_to_end(source)
+                return str(copy)
+        return serve(path.read_bytes(), path.name, source)
 
 
 def read_bytes(path: str) -> bytes:

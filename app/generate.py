@@ -7,7 +7,20 @@ import gradio as gr
 from app import files
 from app.ask import MAX_COUNT, MAX_SEED, Ask
 from app.engine import Engine
-from app.handlers import AS_YOU_GO, MODEL, PICTURE, as_file, figures, file_data, guarded, sentence, uploaded, usual
+from app.handlers import (
+    AS_YOU_GO,
+    MODEL,
+    PICTURE,
+    as_file,
+    figures,
+    file_data,
+    guarded,
+    range_of_steps,
+    refresh,
+    sentence,
+    uploaded,
+    usual,
+)
 from app.networks import Facts
 
 NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
@@ -72,7 +85,7 @@ def endpoints(engine: Engine) -> None:
     gr.api(models, api_name="models")
 
 
-def tab(engine: Engine, page: gr.Blocks) -> None:
+def tab(engine: Engine, page: gr.Blocks, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     first = usual(engine)
     facts = engine.facts(first)
@@ -113,7 +126,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
                 )
                 dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, size="md")
             kept = gr.Checkbox(True, label="Keep the seed when I press Enter", elem_id="keep", container=False)
-            steps = gr.Slider(1, facts.most_steps, facts.steps, step=1, label="Steps", elem_id="steps")
+            steps = gr.Slider(1, value=facts.steps, step=1, label="Steps", elem_id="steps", **range_of_steps(facts))
             count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures, a seed each", elem_id="count")
             with gr.Accordion("Guidance and walk", open=False, elem_id="more"):
                 guidance = gr.Slider(
@@ -168,7 +181,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         return (
             gr.update(visible=not known.classes),
             gr.update(visible=bool(known.classes), choices=list(known.classes), value=(known.classes or (None,))[0]),
-            gr.update(maximum=known.most_steps, value=known.steps, visible=known.most_steps > 1),
+            gr.update(value=known.steps, **range_of_steps(known)),
             gr.update(visible=known.guidance is not None, value=known.guidance or 0),
             gr.update(visible=not known.classes, samples=_samples(known)),
         )
@@ -178,13 +191,13 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         ask = files.read_settings(uploaded(path))
         known = engine.facts(ask.model)
         return (
-            ask.model,
+            gr.update(choices=engine.names(), value=ask.model),
             gr.update(value=ask.prompt, visible=not known.classes),
             gr.update(
                 choices=list(known.classes), value=ask.prompt if known.classes else None, visible=bool(known.classes)
             ),
             ask.seed,
-            gr.update(maximum=known.most_steps, value=ask.steps, visible=known.most_steps > 1),
+            gr.update(value=ask.steps, **range_of_steps(known)),
             ask.count,
             gr.update(
                 value=known.guidance or 0 if ask.guidance is None else ask.guidance, visible=known.guidance is not None
@@ -207,6 +220,7 @@ def tab(engine: Engine, page: gr.Blocks) -> None:
         from_file, reload, [model, prompt, chosen, seed, steps, count, guidance, other, walk], **quiet
     ).success(**again)
     picked.click(None, [seed, count], [seed, count], js=PICK).then(**again)
+    refresh(page, this, engine.names, model)
     page.load(None, js=LISTEN)
     page.load(**again)
 

@@ -15,7 +15,7 @@ import gradio as gr
 from app import files
 from app.ask import Ask, shown
 from app.engine import Engine
-from app.networks import Made
+from app.networks import Facts, Made
 from models.errors import UserError
 
 P = ParamSpec("P")
@@ -111,6 +111,26 @@ def sentence(made: Made, ask: Ask) -> str:
     if made.unknown:
         line += f"<br><span class='warn'>unknown to this model: {html.escape(', '.join(made.unknown))}</span>"
     return f"<span role='status'>{line}</span>"
+
+
+def range_of_steps(facts: Facts) -> dict[str, Any]:
+    """Of a slider of steps; it is hidden where there is but one, which Gradio takes for no range."""
+    return {"maximum": max(2, facts.most_steps), "visible": facts.most_steps > 1}
+
+
+def refresh(page: gr.Blocks, this: gr.Tab, names: Callable[[], list[str]], *lists: gr.Dropdown) -> None:
+    """Fill ``lists`` with ``names`` whenever the page is opened or the tab is chosen; what is chosen there stays."""
+
+    @guarded
+    def listed(*chosen: object) -> dict[gr.Dropdown, Any]:
+        now = names()
+        # A model that was removed stays too where it is chosen: the engine says what became of it, Gradio does not.
+        gone = [[value] if isinstance(value, str) and value not in now else [] for value in chosen]
+        return {each: gr.update(choices=now + kept) for each, kept in zip(lists, gone, strict=True)}
+
+    # Unchecked: the lists of an old page, whose session was given up, are those of the start.
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.on([page.load, this.select], listed, list(lists), list(lists), preprocess=False, **quiet)
 
 
 def usual(engine: Engine) -> str:

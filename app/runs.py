@@ -3,7 +3,7 @@
 import html
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -23,10 +23,25 @@ CHART: dict[str, Any] = {"concurrency_id": "chart", "concurrency_limit": 1}
 """matplotlib's settings are of the whole process."""
 
 
+class Seen(NamedTuple):
+    """The last look: a stamp of all that was shown, the run whose samples were, and its newest step then."""
+
+    stamp: str = ""
+    run: str | None = None
+    newest: int | None = None
+
+
 def steps_of(run: Path) -> dict[int, Path]:
     """Sample sheets by step."""
     found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in matching(run, "samples/step-*.png"))
-    return {int(match[1]): path for match, path in found if match}
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def step_shown(step: int | None, sheets: dict[int, Path], run: str | None, seen: Seen) -> int | None:
+    """The newest of ``sheets`` for another run, and where the newest was shown; else the step that was chosen."""
+    if step in sheets and run == seen.run and step != seen.newest:
+        return step
+    return next(reversed(sheets), None)
 
 
 def reports_of(run: Path) -> dict[str, Path]:
@@ -135,28 +150,27 @@ def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
         report = gr.HTML("", elem_id="report")
     with gr.Accordion("Settings", open=False):
         config = gr.Code("", language="yaml", label="config.yaml", interactive=False, elem_id="config")
-    seen = gr.State("")
+    seen = gr.State(Seen())
     timer = gr.Timer(LOOK_EVERY, active=False)
 
     @guarded
     def look(
-        chosen: list[str], series: str | None, step: int | None, seen: str, at_once: bool = True
+        chosen: list[str], series: str | None, step: int | None, seen: Seen, at_once: bool = True
     ) -> tuple[Any, ...]:
         """Everything that changed since the last look; what has gone is left out of the choice."""
         now = library.runs()
         kept = [name for name in chosen or [] if name in now]
         stamp = f"{kept} {series} {step} " + " ".join(_stamp(now[name]) for name in kept) + f" {len(now)}"
-        if not at_once and stamp == seen:
+        if not at_once and stamp == seen.stamp:
             return (gr.skip(),) * 8
         gone = [name for name in chosen or [] if name not in now]
         every, drawing = curves(library, kept, series) if kept else ([], "<p>Choose a run.</p>")
         if gone:
             drawing = f"<p class='warn'>{html.escape(', '.join(gone))}: removed.</p>" + drawing
-        first = now[kept[0]] if kept else None
+        run = kept[0] if kept else None
+        first = now[run] if run else None
         sheets = steps_of(first) if first else {}
-        newest = list(sheets)[-1] if sheets else None
-        follow = step not in sheets or (not at_once and step == list(sheets)[-2:][0])
-        at = newest if follow else step
+        at = step_shown(step, sheets, run, seen)
         pages = reports_of(first) if first else {}
         settings = inside(first, "config.yaml") if first else None
         return (
@@ -167,7 +181,7 @@ def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
             copied(sheets[at]) if at is not None else None,
             "".join(framed(path, name) for name, path in pages.items()) or "<p>Not scored yet: python -m eval.fid</p>",
             settings.read_text(errors="replace") if settings else "",
-            stamp,
+            Seen(stamp, run, next(reversed(sheets), None)),
         )
 
     @guarded

@@ -52,7 +52,7 @@ def copied(path: Path | None) -> str | None:
         return None
     if path.stat().st_size > MOST_BYTES:
         raise UserError(f"{path.name} has {path.stat().st_size / 2**20:.0f} MB; {MOST_BYTES // 2**20} are the most")
-    return files.serve(path.read_bytes(), path.name)
+    return files.serve_copy(path)
 
 
 def settings_of(run: Path) -> dict[str, Any]:

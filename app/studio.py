@@ -28,12 +28,12 @@ def build_app(engine: Engine, may_train: bool = False) -> gr.Blocks:
     with gr.Blocks(title="One-Step Studio", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown("## One-Step Studio", elem_id="title")
         with gr.Tabs() as tabs:
-            with gr.Tab("Generate"):
-                generate.tab(engine, app)
-            with gr.Tab("Compare"):
-                compare.tab(engine)
-            with gr.Tab("Draw"):
-                draw.tab(engine)
+            with gr.Tab("Generate") as this:
+                generate.tab(engine, app, this)
+            with gr.Tab("Compare") as this:
+                compare.tab(engine, app, this)
+            with gr.Tab("Draw") as this:
+                draw.tab(engine, app, this)
             with gr.Tab("Students") as this:
                 students.tab(engine, this)
             with gr.Tab("3D") as this:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -220,6 +221,32 @@ def test_only_the_latest_files_are_kept(monkeypatch: pytest.MonkeyPatch):
     assert len(files._served) == files.MOST_FILES
 
 
+def test_a_file_is_copied_once_until_it_changes(tmp_path: Path):
+    path = tmp_path / "mesh.glb"
+    path.write_bytes(b"one")
+    copy = scenes.copied(path)
+    assert copy and scenes.copied(path) == copy and Path(copy).read_bytes() == b"one"
+    path.write_bytes(b"another")
+    changed = scenes.copied(path)
+    assert changed and changed != copy and Path(changed).read_bytes() == b"another"
+    Path(changed).unlink()  # as Gradio does in time
+    anew = scenes.copied(path)
+    assert anew and anew == scenes.copied(path) and Path(anew).read_bytes() == b"another"
+
+
+def test_only_so_many_bytes_of_the_most_recently_used_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "_served", OrderedDict())
+    monkeypatch.setattr(files, "MOST_SERVED", 10)
+    path = tmp_path / "mesh.glb"
+    path.write_bytes(b"mesh")
+    copy, other = scenes.copied(path), files.serve(b"other", "x.png")
+    assert copy and scenes.copied(path) == copy
+    files.serve(b"third", "x.png")
+    assert Path(copy).is_file() and not Path(other).is_file()
+    large = files.serve(b"larger than all", "x.png")
+    assert Path(large).is_file() and len(files._served) == 1
+
+
 # --------------------------------------------------------------------------------------------------------- runs
 
 
@@ -273,6 +300,46 @@ def test_a_training_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         list(scenes.train("a\x00", Library([tmp_path])))
 
 
+TRAINING = """
+import pathlib, signal, sys
+log = pathlib.Path(sys.argv[-1].removeprefix("--output=")) / "log"
+log.parent.mkdir(parents=True, exist_ok=True)
+
+def save(*_):
+    with log.open("a") as file:
+        file.write("saved ")
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+signal.alarm(120)  # no longer than its test
+with log.open("a") as file:
+    file.write("started ")
+while True:
+    signal.pause()
+"""
+"""A stand-in for distill/train.py, which tells what happens to it."""
+
+
+def save_training(root: Path) -> Path:
+    """A copy of the studio that trains no scene, but waits to be stopped."""
+    for name, text in (("distill/train.py", TRAINING), (scenes.CONFIG, "")):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_a_training_is_stopped_and_saved_when_nobody_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scenes, "ROOT", save_training(tmp_path / "studio"))
+    monkeypatch.setattr(scenes, "LOOK_EVERY", 0.01)
+    log = tmp_path / "runs" / "scenes" / "log"
+    lines = scenes.train("a red cube", Library([tmp_path / "runs"]))
+    assert next(lines)[0] == "starting"
+    while not log.is_file() or log.read_text() != "started ":
+        next(lines)
+    lines.close()
+    assert log.read_text() == "started saved "
+
+
 def test_nothing_outside_a_run_is_read(tmp_path: Path):
     run = save_run(tmp_path / "run").resolve()
     (tmp_path / "secret.png").write_bytes(b"secret")
@@ -289,6 +356,35 @@ def test_scores_come_from_reports_and_damaged_ones_say_nothing(tmp_path: Path):
     (run / "geneval").mkdir()
     (run / "geneval" / "geneval.json").write_text('{"name": "g", "scores": {"student, 1 step": {"score": 0.5}}}')
     assert scores(run / "student") == [("student, 1 step (g)", "50.0 %")]
+
+
+def test_samples_follow_the_newest_step_where_it_was_shown(tmp_path: Path):
+    def add(run: Path, *steps: int) -> None:
+        for step in steps:
+            (run / "samples" / f"step-{step:06d}.png").write_bytes(b"")
+
+    one, other = save_run(tmp_path / "one", 200), save_run(tmp_path / "other", 200)
+    add(other, 900_000)
+    page = studio.build_app(Engine(Library([one, other])))
+    handlers = {call.name: call.fn for call in page.fns.values()}
+    seen: Any = next(block.value for block in page.blocks.values() if isinstance(block, gradio.State))
+
+    def shown(run: str, step: int | None, handler: str = "look") -> int:
+        nonlocal seen
+        *_, steps, _, _, _, seen = handlers[handler]([run], None, step, seen)
+        return steps["value"]
+
+    assert shown("one", None) == 200
+    assert shown("other", 200) == 900_000  # another run, though it has the step as well
+    assert shown("other", 200) == 200
+    add(other, 1_000_000)
+    assert shown("other", 200, "again") == 200
+    assert shown("other", 900_000) == 900_000  # the second newest
+    add(other, 1_000_100)
+    assert shown("other", 900_000, "again") == 900_000
+    assert shown("other", 1_000_100, "again") == 1_000_100
+    add(other, 1_000_200)
+    assert shown("other", 1_000_100, "again") == 1_000_200
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -598,6 +694,12 @@ def test_a_full_queue_is_said_politely(engine: Engine):
     page.close(verbose=False)
     assert said and set(said.values()) == {"Queue is full! Please try again."}
     assert answers and all(asked == answered for asked, answered in answers.items())
+
+
+def test_a_student_of_one_step_alone_opens_the_page_and_has_no_choice_of_steps(tmp_path: Path):
+    page = studio.build_app(Engine(Library([]), [str(save_network(tmp_path / "one", 2.5, 0))]))
+    steps = {block.elem_id: block for block in page.blocks.values() if isinstance(block, gradio.Slider)}
+    assert [steps[name].visible for name in ("steps", "left-steps", "right-steps")] == [False, True, False]
 
 
 # ----------------------------------------------------------------------------------------------------- commands

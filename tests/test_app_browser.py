@@ -22,7 +22,8 @@ from app import drive, files, scenes, studio
 from app.ask import Ask
 from app.engine import Engine
 from app.library import Library
-from tests.test_app import save_mesh, save_run
+from tests.test_app import save_mesh, save_run, save_training
+from tests.tiny import save_network
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -191,6 +192,33 @@ def test_a_model_of_classes_asks_for_classes(page: "Page"):
     until(page, lambda: shown(page).prompt == "sneaker")
 
 
+def test_students_exported_meanwhile_can_be_chosen(page: "Page", root: Path, tmp_path: Path):
+    def options(label: str) -> list[str]:
+        page.get_by_label(label, exact=True).locator("visible=true").click()
+        return page.get_by_role("option").all_inner_texts()
+
+    save_network(root / "late" / "student", 2.5, 0)
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(files.encode(Image.new("RGB", (8, 8)), Ask("runs/late", "bag").as_json(), "png"))
+    page.get_by_text("Download and reload").click()
+    upload(page, "#reload", kept)
+    until(page, lambda: shown(page).model == "runs/late")
+    page.reload()
+    until(page, lambda: "runs/late" in " ".join(options("Model")))
+    page.get_by_role("option", name="runs/late").click()
+    until(page, lambda: shown(page).model == "runs/late")
+    save_network(root / "later" / "student", 2.5, 0)
+    (root / "later" / "student" / "controlnet").mkdir()
+    shutil.rmtree(root / "late")
+    for tab, label in (("Draw", "Model"), ("Compare", "Left model"), ("Compare", "Right model"), ("Generate", "Model")):
+        drive.choose_tab(page, tab)
+        if tab == "Draw":
+            page.get_by_text("Model, seed, strength of the lines").click()
+        until(page, lambda label=label: "runs/later" in " ".join(options(label)))
+        page.keyboard.press("Escape")
+    expect(page.get_by_label("Model", exact=True).locator("visible=true")).to_have_value("runs/late")
+
+
 def test_compare_shows_both_models_on_the_same_noise(page: "Page"):
     drive.choose_tab(page, "Compare")
     steps = page.locator("#left-steps input[type=number]")
@@ -274,6 +302,28 @@ def test_a_scene_can_be_turned_around_and_downloaded(
     expect(page.get_by_test_id("toast-body")).to_contain_text("configs/missing.yaml is not here")
 
 
+def test_a_training_ends_with_its_button_and_with_its_page(
+    page: "Page", browser: "Browser", address: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scenes, "ROOT", save_training(tmp_path))
+    log, other = root / "scenes" / "log", drive.open_page(browser, address)
+
+    def said(*words: str) -> bool:
+        return log.is_file() and log.read_text().split() == list(words)
+
+    drive.choose_tab(other, "3D")
+    other.get_by_text("A new scene").click()
+    other.get_by_role("button", name="Train it").click()
+    until(page, lambda: said("started"))
+    other.get_by_role("button", name="Stop and save").click()
+    until(page, lambda: said("started", "saved"))
+    other.get_by_role("button", name="Train it").click()
+    until(page, lambda: said("started", "saved", "started"))
+    other.close()
+    until(page, lambda: said("started", "saved", "started", "saved"))
+    shutil.rmtree(log.parent)
+
+
 def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
     run = save_run(root / "live")
     page.reload()
@@ -281,8 +331,8 @@ def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
     drive.choose_tab(page, "Runs")
     page.get_by_label("Runs", exact=False).first.click()
     page.get_by_role("option", name="runs/live").click()
-    chosen = page.locator("#runs .token")
-    until(page, lambda: "runs/live" in " ".join(page.locator("#runs").all_inner_texts()))
+    chosen = page.locator("#runs .token").filter(has_text="runs/live")
+    expect(chosen).to_have_count(1)
     page.locator("#chart svg").wait_for()
     before = page.locator("#chart figure").get_attribute("aria-label")
     with (run / "metrics.jsonl").open("a") as file:
@@ -293,7 +343,7 @@ def test_runs_are_read_live_and_may_go(page: "Page", root: Path):
     expect(page.frame_locator("#report iframe").first.get_by_role("heading")).to_have_text("A report")
     shutil.rmtree(run)
     until(page, lambda: "runs/live: removed" in page.locator("#chart").inner_text())
-    assert chosen.count() >= 0
+    expect(chosen).to_have_count(0)
     drive.choose_tab(page, "Generate")
     page.locator("#prompt textarea").fill("a cone")
     until(page, lambda: shown(page).prompt == "a cone")
