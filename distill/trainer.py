@@ -18,7 +18,7 @@ from distill import checkpoint, parallel
 from distill.data import Stream
 from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
-from distill.optimizers import learning_rate, new_optimizer
+from distill.optimizers import learning_rate, new_optimizer, take_step
 from distill.preview import Preview
 from distill.reduce import any_process, sum_over_processes
 from distill.settings import Config, Optimizer
@@ -128,7 +128,7 @@ class Trainer:
         return Turn(micro, Draws(seeds, accelerator.device), real)
 
     def _update(self, names: list[str], loss: Tensor) -> Tensor:
-        """Clip and step each network of the turn. What is not finite changes nothing; no wait for the device."""
+        """Clip and step each network of the turn. What is not finite changes nothing."""
         norms = {}
         for name in names:
             limit = self._settings(name).max_grad_norm
@@ -136,12 +136,9 @@ class Trainer:
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all() & loss.isfinite()
         bad = sum_over_processes((~finite).float()).clamp(max=1)
         for name in names:
-            optimizer = self.optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self._settings(name), self.step, self.config.train.steps)
-            optimizer.optimizer.found_inf = bad  # the fused kernel skips the step where this is 1
-            optimizer.step()
-            optimizer.zero_grad()
+            settings = self._settings(name)
+            lr = learning_rate(settings, self.step, self.config.train.steps)
+            take_step(self.optimizers[name], settings, lr, bad)
         self.metrics.add({f"grad_norm/{name}": norm.detach() for name, norm in norms.items()})
         return bad
 

@@ -213,6 +213,28 @@ def test_nonfinite_steps_are_skipped_counted_and_end_the_run(tmp_path: Path):
     assert all(bool(value.isfinite().all()) for value in weights.values())
 
 
+def test_optimizers_that_read_no_flag_skip_a_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As bitsandbytes' does not."""
+    plain = lambda network, settings: torch.optim.AdamW(network.parameters(), settings.lr, fused=False)
+    monkeypatch.setattr("distill.trainer.new_optimizer", plain)
+    trainer = build(Config.model_validate(settings(tmp_path, student__eight_bit=True)))
+    before = [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    original, factor = trainer.method.student_loss, float("nan")
+
+    def poisoned(turn: Any) -> Any:
+        loss, logs = original(turn)
+        return loss * factor, logs
+
+    trainer.method.student_loss = poisoned  # type: ignore[method-assign]
+    assert float(trainer.turn("student", 0)) == 1
+    after = list(trainer.bare["student"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.grad is not None and bool(p.grad.abs().sum()) for p in after)
+    factor = 1.0
+    assert float(trainer.turn("student", 0)) == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_average_moves_once_per_student_step(tmp_path: Path):
     trainer = build(Config.model_validate(settings(tmp_path)))
     parameters = lambda: [p.detach().clone() for p in trainer.bare["student"].parameters()]
