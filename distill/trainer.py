@@ -29,6 +29,9 @@ from models.teachers.base import Spec
 PATIENCE = 10
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
 
+DROPOUT = 0xD207
+"""Sets the random numbers of dropout apart from those of the first row."""
+
 
 class Trainer:
     """Runs ``method`` for ``config.train.steps`` student steps, resuming from the newest checkpoint in the run folder.
@@ -47,10 +50,8 @@ class Trainer:
         self.bare: dict[str, nn.Module] = dict(method.networks)
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
-        for network in self.bare.values():
-            network.train()
-            if train.channels_last:
-                network.to(memory_format=torch.channels_last)
+        for network in self.bare.values() if train.channels_last else ():
+            network.to(memory_format=torch.channels_last)
         for module in [*method.buffers.values(), *method.frozen]:
             module.to(device)
         if train.parallel == "fsdp2" and accelerator.num_processes > 1:
@@ -100,7 +101,7 @@ class Trainer:
         """One optimizer step of the student (``kind`` "student") or of all else ("critic"); 1 if it was not finite."""
         names = [name for name in self.bare if (name == "student") == (kind == "student")]
         for name, network in self.bare.items():
-            network.requires_grad_(name in names)
+            network.requires_grad_(name in names).train(name in names)  # what is only asked has no dropout
             self.method.networks[name] = self.wrapped[name] if name in names else network
         loss_of = self.method.student_loss if kind == "student" else self.method.critic_loss
         total = torch.zeros((), device=self.accelerator.device)
@@ -121,7 +122,7 @@ class Trainer:
         accelerator, seed = self.accelerator, self.config.train.seed
         first = (micro * accelerator.num_processes + accelerator.process_index) * self.size
         seeds = [mix(seed, self.step, index, first + i) for i in range(self.size)]
-        torch.manual_seed(mix(seed, self.step, index, first))  # for dropout
+        torch.manual_seed(mix(seed, self.step, index, first, DROPOUT))
         real = None
         if kind in self.method.pictures and self.stream is not None:
             real = self.stream.next().to(accelerator.device).through(self.spec, seeds)
@@ -221,6 +222,7 @@ class Trainer:
         """By the first process; by all, where each has a part of the networks."""
         main = self.accelerator.is_main_process
         if main or self.config.train.parallel == "fsdp2":
+            self.bare["student"].eval()  # until its next turn
             with self.ema_weights():
                 self.preview.draw(self.method, self.step, write=main)
 
