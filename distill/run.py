@@ -134,9 +134,9 @@ def train(config: Config) -> int:
             trainer.spec.save(config.output / "student", trainer.method.exported(), card)
         elif config.train.parallel == "fsdp2":  # its parts are gathered
             merged(trainer.method.exported())
+    trainer.accelerator.wait_for_everyone()  # for the export alone: a barrier does not wait as long as scores may take
     if main:
         publish(config, trainer.stream)
-    trainer.accelerator.wait_for_everyone()
     return STOPPED if trainer.stopping else 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
@@ -168,6 +169,16 @@ def test_gradient_accumulation_is_one_batch(tmp_path: Path, reuse: bool):
         runs[parts] = [p.detach().clone() for p in trainer.bare["student"].parameters()]
     for one, two in zip(runs[1], runs[2], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_no_process_waits_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only for the export, which a next stage reads: barriers give up after ten minutes."""
+    done: list[str] = []
+    exported = lambda: ["export"] if (tmp_path / "run/student/model_index.json").is_file() else []
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _self: done.extend(["wait", *exported()]))
+    monkeypatch.setattr("distill.run.publish", lambda *_: done.append("publish"))
+    assert run_training(Config.model_validate(settings(tmp_path, train__steps=1))) == 0
+    assert done[-3:] == ["wait", "export", "publish"]
 
 
 def test_sigterm_saves_and_exits(base: Path):
