@@ -298,6 +298,8 @@ def load_teacher(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(teacher.path, teacher.size, teacher.tokens, teacher.config)
+    if spec.student:
+        raise UserError(f"teacher.path: {teacher.path} is a one-step student: name the teacher that it was made from")
     if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
     if shape is not None and shape != spec.picture:
@@ -481,6 +483,8 @@ def _matching(
 ) -> tuple[Method, base.Spec]:
     denoiser, spec = load_teacher(config, shape, class_names)
     assert config.teacher is not None
+    if isinstance(spec, TextSpec) and spec.control is not None:
+        raise UserError(f"method.kind: prompts have no lines for {config.teacher.path} to follow: choose consistency")
     conditions = _conditions(config, spec)
     gan: GAN | None = getattr(settings, "gan", None)
     density_ratio = build_ratio(settings)

@@ -401,6 +401,12 @@ def test_a_start_that_does_not_fit_is_one_line(base: Path, tmp_path: Path):
     assert "is of another teacher's architecture" in error(tmp_path / "run")
 
 
+def test_a_student_is_no_teacher(base: Path, tmp_path: Path):
+    values = settings(tmp_path, teacher={"path": str(base / "whole/student")})
+    with pytest.raises(UserError, match=r"^teacher.path: .*is a one-step student: name the teacher"):
+        build(Config.model_validate(values))
+
+
 def test_pictures_of_more_classes_than_the_teacher_knows(base: Path, tmp_path: Path):
     for number in range(3):
         (tmp_path / "pictures" / f"class{number}").mkdir(parents=True)
