@@ -175,6 +175,8 @@ def build_method(
 def _build_method(
     config: Config, shape: Shape | None, class_names: list[str], stream: Stream | None
 ) -> tuple[Method, base.Spec]:
+    if config.lora is not None and isinstance(config.method, Autoencoder | Pretrain):
+        raise UserError(f"lora: `{config.method.kind}` trains no adapters; remove the key")
     match config.method:
         case Autoencoder():
             return _autoencoder(config.method, shape, stream)
@@ -572,6 +574,8 @@ def _consistency(
     config: Config, settings: Consistency, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, base.Spec]:
     teacher, spec = load_teacher(config, shape, class_names)
+    if config.teacher is not None and config.teacher.guidance != 1:
+        raise UserError("teacher.guidance: `consistency` takes its scales from method.guidance; remove the key")
     if shape is None:
         raise UserError("data.kind: `consistency` needs pictures, conditions_only has none")
     discriminator = None

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 
 from distill import build_scene, parallel
 from distill.build import build_method, build_stream, class_teacher
@@ -51,6 +52,8 @@ FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
 
 def build(config: Config) -> Trainer:
     """The trainer of ``config``, everything on its device, at step 0."""
+    if missing := set(config.train.trackers) - set(map(str, get_available_trackers())):
+        raise UserError(f"train.trackers: {min(missing)} is not installed: pip install {min(missing)}")
     torch.manual_seed(config.train.seed)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate does not see torchrun's processes on a CPU

@@ -84,6 +84,13 @@ def test_all_problems_are_named_at_once(tmp_path: Path):
             "method.gan: a divergence other than reverse_kl needs the discriminator's density ratio",
         ),
         (["--data", "{kind: conditions_only}", "--method.kind", "sida"], "sida has a discriminator and needs pictures"),
+        (["--method", "{kind: pretrain}", "--lora", "{}"], "lora: `pretrain` trains no adapters"),
+        (["--method", "{kind: score_matching}", "--lora", "{}"], "lora: `score_matching` trains no adapters"),
+        (["--method", "{kind: autoencoder}", "--lora", "{}"], "lora: `autoencoder` trains no adapters"),
+        (
+            ["--method", "{kind: consistency}", "--teacher.guidance", "2"],
+            "teacher.guidance: `consistency` takes its scales from method.guidance",
+        ),
         (["--classes", "[0, 7]"], "classes: [0, 7] are not among the teacher's 0 to 1"),
         (["--method.noise_levels", "{kind: loguniform, low: 2, high: 1}"], "low 2 is not below high 1"),
         (["--method.noise_levels", "{kind: grid, low: 0.5, high: 0.5}"], "low 0.5 is not below high 0.5"),
@@ -101,6 +108,12 @@ def test_mistakes_on_the_command_line_and_misfits(
 ):
     assert message in fail(capsys, monkeypatch, "--config", base / "run.yaml", *arguments)
     assert not (base / "run").exists()
+
+
+def test_a_tracker_that_is_not_there(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("distill.run.get_available_trackers", list)
+    message = fail(capsys, monkeypatch, "--config", base / "run.yaml", "--train.trackers", "[wandb]")
+    assert "train.trackers: wandb is not installed: pip install wandb" in message
 
 
 def test_missing_files_and_empty_folders(
