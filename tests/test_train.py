@@ -116,6 +116,28 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (half / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither by a checkpoint that the disk had no room for, nor by runs that were killed."""
+    trainer = build(Config.model_validate(settings(tmp_path)))
+    folder = tmp_path / "run" / "checkpoints"
+    for name in (".step-1.tmp", ".step-1.old"):
+        (folder / name / "student").mkdir(parents=True)
+    save_tensors = torch.save
+
+    def full(content: Any, path: Path) -> None:
+        if path.name == "state.pt":
+            raise OSError(28, "No space left on device")
+        save_tensors(content, path)
+
+    trainer.run_step()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", full)
+        trainer.save()
+    assert list(folder.iterdir()) == []
+    trainer.save()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
 def test_resume_between_log_lines_keeps_the_means(base: Path):
     """A checkpoint that falls between two lines carries the sums of the first half."""
     changes = {"train__log_every": 3, "train__checkpoint_every": 2}
