@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -20,7 +19,7 @@ from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
 from distill.optimizers import learning_rate, new_optimizer, take_step
 from distill.preview import Preview
-from distill.reduce import any_process, sum_over_processes
+from distill.reduce import any_process, of_all_processes, sum_over_processes
 from distill.settings import Config, Optimizer
 from models.errors import UserError
 from models.seeds import Draws, mix
@@ -148,13 +147,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that is trained and of every position."""
         stream = self.stream.state_dict() if self.stream is not None else {}
-        streams = gather_object([stream]) if self.accelerator.num_processes > 1 else [stream]
         names = [name for name, _ in self.bare["student"].named_parameters()]
         average = dict(zip(names, self.ema.shadow_params, strict=True))
         state = {
             "step": self.step,
-            "streams": streams,
-            "sums": self.metrics.sums,
+            "streams": of_all_processes(stream),
+            "sums": self.metrics.state(),
             "bad_steps": self.bad_steps,
             "ema_step": self.ema.optimization_step,
             "buffers": {name: module.state_dict() for name, module in self.method.buffers.items()},
@@ -168,18 +166,19 @@ class Trainer:
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
         folder, device = self.config.output / "checkpoints", self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if steps := checkpoint.list_steps(folder):
             optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
             average, state = checkpoint.load(folder, steps[-1], self.bare, optimizers, device)
             self.step, self.ema.optimization_step = state["step"], state["ema_step"]
             self.ema.shadow_params = [average[name] for name, _ in self.bare["student"].named_parameters()]
-            self.metrics.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            self.metrics.load(state["sums"], rank, world, device)
             self.bad_steps = state["bad_steps"].to(device)
             for name, module in self.method.buffers.items():
                 module.load_state_dict(state["buffers"][name])
             if self.stream is not None:
                 streams = state["streams"]
-                self.stream.load_state_dict(streams[min(self.accelerator.process_index, len(streams) - 1)])
+                self.stream.load_state_dict(streams[min(rank, len(streams) - 1)])
         if self.accelerator.is_main_process:
             self.metrics.rewind(self.step)
 

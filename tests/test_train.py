@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
+from distill.metrics import Metrics
 from distill.run import build
 from distill.run import train as run_training
 from distill.settings import Config
@@ -159,12 +160,17 @@ def test_resume_between_log_lines_keeps_the_means(base: Path):
 
 
 def test_two_processes_agree_with_one(base: Path):
-    """torchrun with gloo at the same global batch, resumed half-way: losses and every network to 1e-5."""
+    """torchrun with gloo at the same global batch: losses and every network to 1e-5. Resumed between two log lines it
+    writes the same line again."""
     config = write_settings(base, "two", train__checkpoint_every=100, train__checkpoint_minutes=1e-9)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for steps in (3, 6):
-        done = train("--config", config, "--train.steps", steps, launcher=launcher)
+    written = []
+    for _ in range(2):
+        shutil.rmtree(base / "two" / "checkpoints" / "step-6", ignore_errors=True)
+        done = train("--config", config, launcher=launcher)
         assert done.returncode == 0, done.stderr
+        written.append((base / "two" / "metrics.jsonl").read_text())
+    assert written[0] == written[1]
     kept = checkpoint.list_steps(base / "two" / "checkpoints")  # any time is more than a billionth of a minute
     assert kept == [5, 6]
     one, two = state(base / "whole", 6), state(base / "two", 6)
@@ -176,6 +182,20 @@ def test_two_processes_agree_with_one(base: Path):
     lines = [json.loads((base / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "two")]
     assert lines[0]["critic_loss"] == pytest.approx(lines[1]["critic_loss"], rel=1e-5)
     assert lines[0]["ratio"] == pytest.approx(lines[1]["ratio"], rel=1e-4)
+
+
+def test_sums_of_several_processes_are_taken_over_by_any_number(tmp_path: Path):
+    saved = [{"loss": torch.tensor([float(i), 1.0])} for i in range(3)]
+    for state, world, expected in [
+        (saved, 3, [[0, 1], [1, 1], [2, 1]]),
+        (saved, 2, [[2, 2], [1, 1]]),
+        (saved[:1], 2, [[0, 1], [0, 0]]),
+        (saved[1], 2, [[1, 1], [0, 0]]),
+    ]:
+        metrics = [Metrics(tmp_path) for _ in range(world)]
+        for rank, one in enumerate(metrics):
+            one.load(state, rank, world, torch.device("cpu"))  # type: ignore[arg-type]
+        assert [one.sums["loss"].tolist() for one in metrics] == expected
 
 
 @pytest.mark.parametrize("reuse", [False, True])
