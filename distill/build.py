@@ -444,12 +444,15 @@ def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
 
 
 def _load_weights(network: nn.Module, run: Path, name: str) -> None:
-    """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit."""
-    if weights := checkpoint.newest(run / "checkpoints", name):
-        try:
+    """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit or are
+    damaged."""
+    try:
+        if weights := checkpoint.newest(run / "checkpoints", name):
             network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"method.start: the {name} in {run} is of another teacher's architecture") from error
+    except RuntimeError as error:
+        raise UserError(f"method.start: the {name} in {run} is of another teacher's architecture") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"method.start: the newest checkpoint of {run} is damaged ({error}): delete it") from error
 
 
 def _start(

@@ -441,6 +441,8 @@ def test_a_start_that_does_not_fit_is_one_line(base: Path, tmp_path: Path):
     weights = tmp_path / "run" / "checkpoints" / f"step-{step}" / "critic" / "model.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
     assert "is of another teacher's architecture" in error(tmp_path / "run")
+    weights.write_bytes(b"cut")
+    assert f"the newest checkpoint of {tmp_path / 'run'} is damaged" in error(tmp_path / "run")
 
 
 def test_a_student_is_no_teacher(base: Path, tmp_path: Path):
