@@ -19,7 +19,7 @@ from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.methods.scene_distillation import SceneDistillation as SceneMethod
-from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, write_config
+from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, read_values, write_config
 from distill.trainer import Trainer
 from distill.upload import check_token, upload
 from models.adapters import merged
@@ -87,12 +87,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_run(run: Path) -> dict[str, Any]:
+    """The settings that a run was started with; UserError if its file is damaged."""
+    try:
+        return read_values(run / "config.yaml")
+    except UserError as error:
+        raise UserError(f"output: {error}: delete that file to go on with the settings given now") from error
+
+
+def check_output(folder: Path) -> None:
+    """UserError if it cannot be made or written to; nothing is left there."""
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be written ({error.strerror}): choose another --output") from error
+
+
 def check_same_run(config: Config) -> None:
     """UserError if the run folder belongs to a run with other settings."""
     path = config.output / "config.yaml"
     if not path.is_file():
         return
-    old, new = _flat(yaml.safe_load(path.read_text())), _flat(config.model_dump(mode="json"))
+    old, new = _flat(read_run(config.output)), _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -109,6 +126,7 @@ def train(config: Config) -> int:
     """Train to the end, export the student, score and upload it if asked to; returns the process's exit status."""
     if config.push_to_hub is not None:
         check_token(config.push_to_hub)
+    check_output(config.output)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
     if isinstance(config.method, SceneDistillation) and config.method.stage is None:
@@ -170,7 +188,7 @@ def _finished(run: Config) -> bool:
     check_same_run(run)
     if not any((run.output / "student" / name).is_file() for name in ("model_index.json", "scene.json")):
         return False
-    steps = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["steps"]
+    steps = read_run(run.output)["train"]["steps"]
     if steps != run.train.steps:
         raise UserError(
             f"train.steps: {run.output} was trained for {steps} steps, now {run.train.steps} are asked for; the stages "
@@ -205,7 +223,7 @@ def train_students(config: Config, settings: MultiStudent) -> int:
         print(f"not trained yet: {', '.join(missing)}; the student is assembled when all are in {config.output}")
         return 0
     for k, part in enumerate(parts):
-        classes = yaml.safe_load((part / "config.yaml").read_text())["classes"]
+        classes = read_run(part).get("classes")
         if classes != multi_student.classes_of(k, owner):
             raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
     spec = read_spec(parts[0] / "student")

@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from distill import train as entry
-from distill.settings import Config, parse, read_config
+from distill.settings import Config, parse, read_config, write_config
 from models.errors import UserError
 from tests.tiny import ROOT, settings, train, write_settings
 
@@ -114,6 +114,27 @@ def test_a_tracker_that_is_not_there(base: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr("distill.run.get_available_trackers", list)
     message = fail(capsys, monkeypatch, "--config", base / "run.yaml", "--train.trackers", "[wandb]")
     assert "train.trackers: wandb is not installed: pip install wandb" in message
+
+
+def test_output_that_cannot_be_written(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Before anything is loaded."""
+    line = ["--config", base / "run.yaml", "--teacher.path", "nowhere", "--output"]
+    for output in (base / "run.yaml", base / "run.yaml" / "run", Path("/proc/none/run")):
+        assert f"output: {output} cannot be written" in fail(capsys, monkeypatch, *line, output)
+    (base / "cut").mkdir()
+    (base / "cut" / "config.yaml").touch()
+    assert "config.yaml: expected keys and values" in fail(capsys, monkeypatch, *line, base / "cut")
+
+
+def test_a_runs_settings_are_replaced_whole(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, path = read_config(base / "run.yaml"), tmp_path / "config.yaml"
+    path.write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        write_config(config, path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    write_config(config, path)
+    assert read_config(path) == config
 
 
 def test_missing_files_and_empty_folders(
