@@ -19,7 +19,15 @@ from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.methods.scene_distillation import SceneDistillation as SceneMethod
-from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, read_values, write_config
+from distill.settings import (
+    Config,
+    MultiStudent,
+    PrecomputedData,
+    Pretrain,
+    SceneDistillation,
+    read_values,
+    write_config,
+)
 from distill.trainer import Trainer
 from distill.upload import check_token, upload
 from models.adapters import merged
@@ -28,6 +36,7 @@ from models.folders import replace_text
 from models.multi_student import assemble
 from models.scene.particles import Fields
 from models.teachers import resolve
+from models.teachers.base import ClassSpec, Spec
 from models.teachers.embedded import PatchUNet, read_spec
 
 STOPPED = 130
@@ -77,7 +86,24 @@ def build(config: Config) -> Trainer:
         )
     stream, shape, names = build_stream(config, accelerator.process_index, accelerator.num_processes)
     method, spec = build_method(config, shape, names, stream)
+    check_scores(config, spec)
     return Trainer(config, method, stream, accelerator, spec)
+
+
+def check_scores(config: Config, spec: Spec) -> None:
+    """UserError if what is trained could not be scored at the end."""
+    n = config.evaluation.num_images
+    if n == 0:
+        return
+    from eval.features import FashionCNN
+    from eval.fid import MIN_IMAGES
+
+    student = isinstance(spec, ClassSpec) and not isinstance(config.method, Pretrain)
+    if not student or spec.picture != FashionCNN.shape or n < MIN_IMAGES:
+        raise UserError(
+            f"evaluation.num_images: only students of classes are scored at the end, on {MIN_IMAGES} pictures or more "
+            f"of {' x '.join(map(str, FashionCNN.shape))}: give 0, and see `python -m eval.fid --help` for others"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,7 +190,8 @@ def train(config: Config) -> int:
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, _ = class_teacher(config)
+    denoiser, spec = class_teacher(config)
+    check_scores(config, spec)
     embeddings = cast(PatchUNet, denoiser.network).class_embeddings().detach()
     owner = multi_student.student_of_class(settings, embeddings)
     chosen = range(settings.students) if settings.only is None else [settings.only]

@@ -1,6 +1,7 @@
 """What a user gets for a mistake: one line that says what to do, exit status 2, nothing lost. And what --help shows."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import yaml
 from pydantic import TypeAdapter
 
 from distill import train as entry
-from distill.settings import Config, parse, read_config, write_config
+from distill.run import check_scores
+from distill.settings import Config, Evaluation, Pretrain, ScoreMatching, parse, read_config, write_config
+from models.autoencoder import PictureSpec
 from models.errors import UserError
+from models.teachers.embedded import Spec
 from tests.tiny import ROOT, settings, train, write_settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -91,6 +95,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path):
             ["--method", "{kind: consistency}", "--teacher.guidance", "2"],
             "teacher.guidance: `consistency` takes its scales from method.guidance",
         ),
+        (["--evaluation", "{num_images: 12}"], "evaluation.num_images: only students of classes are scored at the end"),
         (["--classes", "[0, 7]"], "classes: [0, 7] are not among the teacher's 0 to 1"),
         (["--method.noise_levels", "{kind: loguniform, low: 2, high: 1}"], "low 2 is not below high 1"),
         (["--method.noise_levels", "{kind: grid, low: 0.5, high: 0.5}"], "low 0.5 is not below high 0.5"),
@@ -114,6 +119,23 @@ def test_a_tracker_that_is_not_there(base: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr("distill.run.get_available_trackers", list)
     message = fail(capsys, monkeypatch, "--config", base / "run.yaml", "--train.trackers", "[wandb]")
     assert "train.trackers: wandb is not installed: pip install wandb" in message
+
+
+def test_what_is_scored_at_the_end(base: Path):
+    """Students of classes with the pictures that the judge takes, and enough of them."""
+    config = read_config(base / "run.yaml")
+    spec = Spec(2, 2, 1, 32, 0.5, None, ["a", "b"])
+
+    def refused(spec: Any, n: int = 12, **changes: Any) -> bool:
+        try:
+            check_scores(config.model_copy(update={"evaluation": Evaluation(num_images=n)} | changes), spec)
+        except UserError:
+            return True
+        return False
+
+    assert not refused(spec) and not refused(PictureSpec((3, 32, 32)), 0)
+    assert refused(replace(spec, size=16)) and refused(spec, 9) and refused(PictureSpec((1, 32, 32)))
+    assert refused(spec, method=Pretrain()) and refused(spec, method=ScoreMatching())
 
 
 def test_output_that_cannot_be_written(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
