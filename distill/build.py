@@ -175,6 +175,8 @@ def build_method(
 def _build_method(
     config: Config, shape: Shape | None, class_names: list[str], stream: Stream | None
 ) -> tuple[Method, base.Spec]:
+    if config.lora is not None and isinstance(config.method, Autoencoder | Pretrain):
+        raise UserError(f"lora: `{config.method.kind}` trains no adapters; remove the key")
     match config.method:
         case Autoencoder():
             return _autoencoder(config.method, shape, stream)
@@ -298,6 +300,8 @@ def load_teacher(
             f"teacher: missing; {config.method.kind} distils one, e.g. teacher: {{path: embedded:fashion_mnist}}"
         )
     denoiser, spec = load(teacher.path, teacher.size, teacher.tokens, teacher.config)
+    if spec.student:
+        raise UserError(f"teacher.path: {teacher.path} is a one-step student: name the teacher that it was made from")
     if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
     if shape is not None and shape != spec.picture:
@@ -440,12 +444,15 @@ def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
 
 
 def _load_weights(network: nn.Module, run: Path, name: str) -> None:
-    """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit."""
-    if weights := checkpoint.newest(run / "checkpoints", name):
-        try:
+    """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit or are
+    damaged."""
+    try:
+        if weights := checkpoint.newest(run / "checkpoints", name):
             network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"method.start: the {name} in {run} is of another teacher's architecture") from error
+    except RuntimeError as error:
+        raise UserError(f"method.start: the {name} in {run} is of another teacher's architecture") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"method.start: the newest checkpoint of {run} is damaged ({error}): delete it") from error
 
 
 def _start(
@@ -481,6 +488,8 @@ def _matching(
 ) -> tuple[Method, base.Spec]:
     denoiser, spec = load_teacher(config, shape, class_names)
     assert config.teacher is not None
+    if isinstance(spec, TextSpec) and spec.control is not None:
+        raise UserError(f"method.kind: prompts have no lines for {config.teacher.path} to follow: choose consistency")
     conditions = _conditions(config, spec)
     gan: GAN | None = getattr(settings, "gan", None)
     density_ratio = build_ratio(settings)
@@ -568,6 +577,8 @@ def _consistency(
     config: Config, settings: Consistency, shape: Shape | None, class_names: list[str]
 ) -> tuple[Method, base.Spec]:
     teacher, spec = load_teacher(config, shape, class_names)
+    if config.teacher is not None and config.teacher.guidance != 1:
+        raise UserError("teacher.guidance: `consistency` takes its scales from method.guidance; remove the key")
     if shape is None:
         raise UserError("data.kind: `consistency` needs pictures, conditions_only has none")
     discriminator = None

@@ -131,12 +131,15 @@ def save(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Write ``folder/step-N`` through a temporary folder, then remove all but the ``keep`` newest.
+    """Write ``folder/step-N`` through a temporary folder, then remove all but the ``keep`` newest; first of all, what a
+    killed run left half written.
 
     All processes call it, on one file system; those behind the first write their parts of sharded networks alone.
     """
     path = folder / f"step-{step}"
     wait = torch.distributed.barrier if world > 1 else lambda: None
+    for leftover in folder.glob(".step-*") if rank == 0 else ():
+        shutil.rmtree(leftover, ignore_errors=True)
     with replace_folder(path) if rank == 0 else nullcontext(partial_folder(path)) as temporary:
         for name in networks if rank == 0 else ():
             (temporary / name).mkdir()

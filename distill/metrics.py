@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from distill.methods.base import Logs
-from distill.reduce import sum_over_processes
+from distill.reduce import of_all_processes, sum_over_processes
 
 
 class Metrics:
     """Means of what methods log, over the steps between two lines and over all processes.
 
-    ``sums`` maps a name to (2, ...) sums and counts; it belongs to a checkpoint, so that a resumed run writes the very
-    lines of the uninterrupted one. Nothing in the file depends on time.
+    ``sums`` maps a name to this process's (2, ...) sums and counts; those of all processes belong to a checkpoint, so
+    that a resumed run writes the very lines of the uninterrupted one. Nothing in the file depends on time.
     """
 
     def __init__(self, path: Path):
@@ -40,6 +40,18 @@ class Metrics:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return line
+
+    def state(self) -> list[dict[str, torch.Tensor]]:
+        """The sums of each process; all must call it."""
+        return of_all_processes({name: pair.cpu() for name, pair in self.sums.items()})
+
+    def load(self, state: list[dict[str, torch.Tensor]], rank: int, world: int, device: torch.device) -> None:
+        """Take over what :meth:`state` told, of any number of processes."""
+        state = state if isinstance(state, list) else [state]  # checkpoints used to hold the first process's alone
+        self.sums = {
+            name: sum((part[name].to(device) for part in state[rank::world]), torch.zeros_like(pair, device=device))
+            for name, pair in state[0].items()
+        }
 
     def rewind(self, step: int) -> None:
         """Drop the lines behind ``step``, and one that a crash cut short: they will be written again."""

@@ -1,9 +1,10 @@
 """Optimizers, and their learning rate as a pure function of the step."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.settings import Optimizer
 from models.errors import UserError
@@ -28,3 +29,14 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     progress = max(0.0, step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     decay = settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.lr * warmup * decay
+
+
+def take_step(optimizer: Any, settings: Optimizer, lr: float, bad: Tensor) -> None:
+    """A step of accelerate's ``optimizer`` at ``lr``, none where ``bad`` is 1; gradients are gone afterwards."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if not settings.eight_bit:
+        optimizer.optimizer.found_inf = bad  # the fused kernel skips the step where this is 1
+    if not settings.eight_bit or not bool(bad):  # bitsandbytes' reads no such flag, and waits for the device
+        optimizer.step()
+    optimizer.zero_grad()

@@ -66,6 +66,8 @@ class Arguments:
 
 
 def make(arguments: Arguments) -> None:
+    if min(arguments.count, arguments.steps, arguments.batch) < 1:
+        raise UserError("--count, --steps and --batch must be at least 1")
     denoiser, spec = load_class_conditional(arguments.teacher)
     parts: list[dict[str, Tensor]] = []
     for start in trange(0, arguments.count, arguments.batch, desc="pairs"):

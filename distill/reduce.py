@@ -1,4 +1,6 @@
-"""Sums over processes, for methods that know nothing of accelerate."""
+"""What processes tell each other, for methods that know nothing of accelerate."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,3 +19,12 @@ def any_process(flag: bool, device: torch.device) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """``value`` of each process, in their order; tensors in it are on the CPU."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

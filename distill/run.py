@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 
 from distill import build_scene, parallel
 from distill.build import build_method, build_stream, class_teacher
@@ -18,7 +19,15 @@ from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
 from distill.methods.scene_distillation import SceneDistillation as SceneMethod
-from distill.settings import Config, MultiStudent, PrecomputedData, SceneDistillation, write_config
+from distill.settings import (
+    Config,
+    MultiStudent,
+    PrecomputedData,
+    Pretrain,
+    SceneDistillation,
+    read_values,
+    write_config,
+)
 from distill.trainer import Trainer
 from distill.upload import check_token, upload
 from models.adapters import merged
@@ -27,6 +36,7 @@ from models.folders import replace_text
 from models.multi_student import assemble
 from models.scene.particles import Fields
 from models.teachers import resolve
+from models.teachers.base import ClassSpec, Spec
 from models.teachers.embedded import PatchUNet, read_spec
 
 STOPPED = 130
@@ -51,6 +61,8 @@ FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
 
 def build(config: Config) -> Trainer:
     """The trainer of ``config``, everything on its device, at step 0."""
+    if missing := set(config.train.trackers) - set(map(str, get_available_trackers())):
+        raise UserError(f"train.trackers: {min(missing)} is not installed: pip install {min(missing)}")
     torch.manual_seed(config.train.seed)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate does not see torchrun's processes on a CPU
@@ -74,7 +86,24 @@ def build(config: Config) -> Trainer:
         )
     stream, shape, names = build_stream(config, accelerator.process_index, accelerator.num_processes)
     method, spec = build_method(config, shape, names, stream)
+    check_scores(config, spec)
     return Trainer(config, method, stream, accelerator, spec)
+
+
+def check_scores(config: Config, spec: Spec) -> None:
+    """UserError if what is trained could not be scored at the end."""
+    n = config.evaluation.num_images
+    if n == 0:
+        return
+    from eval.features import FashionCNN
+    from eval.fid import MIN_IMAGES
+
+    student = isinstance(spec, ClassSpec) and not isinstance(config.method, Pretrain)
+    if not student or spec.picture != FashionCNN.shape or n < MIN_IMAGES:
+        raise UserError(
+            f"evaluation.num_images: only students of classes are scored at the end, on {MIN_IMAGES} pictures or more "
+            f"of {' x '.join(map(str, FashionCNN.shape))}: give 0, and see `python -m eval.fid --help` for others"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -84,12 +113,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_run(run: Path) -> dict[str, Any]:
+    """The settings that a run was started with; UserError if its file is damaged."""
+    try:
+        return read_values(run / "config.yaml")
+    except UserError as error:
+        raise UserError(f"output: {error}: delete that file to go on with the settings given now") from error
+
+
+def check_output(folder: Path) -> None:
+    """UserError if it cannot be made or written to; nothing is left there."""
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be written ({error.strerror}): choose another --output") from error
+
+
 def check_same_run(config: Config) -> None:
     """UserError if the run folder belongs to a run with other settings."""
     path = config.output / "config.yaml"
     if not path.is_file():
         return
-    old, new = _flat(yaml.safe_load(path.read_text())), _flat(config.model_dump(mode="json"))
+    old, new = _flat(read_run(config.output)), _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -106,6 +152,7 @@ def train(config: Config) -> int:
     """Train to the end, export the student, score and upload it if asked to; returns the process's exit status."""
     if config.push_to_hub is not None:
         check_token(config.push_to_hub)
+    check_output(config.output)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
     if isinstance(config.method, SceneDistillation) and config.method.stage is None:
@@ -134,16 +181,17 @@ def train(config: Config) -> int:
             trainer.spec.save(config.output / "student", trainer.method.exported(), card)
         elif config.train.parallel == "fsdp2":  # its parts are gathered
             merged(trainer.method.exported())
+    trainer.accelerator.wait_for_everyone()  # for the export alone: a barrier does not wait as long as scores may take
     if main:
         publish(config, trainer.stream)
-    trainer.accelerator.wait_for_everyone()
     return STOPPED if trainer.stopping else 0
 
 
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:
     """The student of each class, and the runs of each student that is to be trained here."""
     multi_student.check(config, settings)
-    denoiser, _ = class_teacher(config)
+    denoiser, spec = class_teacher(config)
+    check_scores(config, spec)
     embeddings = cast(PatchUNet, denoiser.network).class_embeddings().detach()
     owner = multi_student.student_of_class(settings, embeddings)
     chosen = range(settings.students) if settings.only is None else [settings.only]
@@ -167,7 +215,7 @@ def _finished(run: Config) -> bool:
     check_same_run(run)
     if not any((run.output / "student" / name).is_file() for name in ("model_index.json", "scene.json")):
         return False
-    steps = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["steps"]
+    steps = read_run(run.output)["train"]["steps"]
     if steps != run.train.steps:
         raise UserError(
             f"train.steps: {run.output} was trained for {steps} steps, now {run.train.steps} are asked for; the stages "
@@ -202,7 +250,7 @@ def train_students(config: Config, settings: MultiStudent) -> int:
         print(f"not trained yet: {', '.join(missing)}; the student is assembled when all are in {config.output}")
         return 0
     for k, part in enumerate(parts):
-        classes = yaml.safe_load((part / "config.yaml").read_text())["classes"]
+        classes = read_run(part).get("classes")
         if classes != multi_student.classes_of(k, owner):
             raise UserError(f"{part}: trained for classes {classes}, which are not student {k}'s in this partition")
     spec = read_spec(parts[0] / "student")

@@ -20,6 +20,7 @@ from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
 from distill.schema import Schema
 from models.adapters import TARGETS
 from models.errors import UserError
+from models.folders import replace_text
 
 DivergenceName = Literal[
     "reverse_kl",
@@ -910,7 +911,7 @@ def read_config(path: Path) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    replace_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:

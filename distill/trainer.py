@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -18,9 +17,9 @@ from distill import checkpoint, parallel
 from distill.data import Stream
 from distill.methods.base import Method, Turn
 from distill.metrics import Metrics
-from distill.optimizers import learning_rate, new_optimizer
+from distill.optimizers import learning_rate, new_optimizer, take_step
 from distill.preview import Preview
-from distill.reduce import any_process, sum_over_processes
+from distill.reduce import any_process, of_all_processes, sum_over_processes
 from distill.settings import Config, Optimizer
 from models.errors import UserError
 from models.seeds import Draws, mix
@@ -28,6 +27,9 @@ from models.teachers.base import Spec
 
 PATIENCE = 10
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
+
+DROPOUT = 0xD207
+"""Sets the random numbers of dropout apart from those of the first row."""
 
 
 class Trainer:
@@ -47,10 +49,8 @@ class Trainer:
         self.bare: dict[str, nn.Module] = dict(method.networks)
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
-        for network in self.bare.values():
-            network.train()
-            if train.channels_last:
-                network.to(memory_format=torch.channels_last)
+        for network in self.bare.values() if train.channels_last else ():
+            network.to(memory_format=torch.channels_last)
         for module in [*method.buffers.values(), *method.frozen]:
             module.to(device)
         if train.parallel == "fsdp2" and accelerator.num_processes > 1:
@@ -100,7 +100,7 @@ class Trainer:
         """One optimizer step of the student (``kind`` "student") or of all else ("critic"); 1 if it was not finite."""
         names = [name for name in self.bare if (name == "student") == (kind == "student")]
         for name, network in self.bare.items():
-            network.requires_grad_(name in names)
+            network.requires_grad_(name in names).train(name in names)  # what is only asked has no dropout
             self.method.networks[name] = self.wrapped[name] if name in names else network
         loss_of = self.method.student_loss if kind == "student" else self.method.critic_loss
         total = torch.zeros((), device=self.accelerator.device)
@@ -121,14 +121,14 @@ class Trainer:
         accelerator, seed = self.accelerator, self.config.train.seed
         first = (micro * accelerator.num_processes + accelerator.process_index) * self.size
         seeds = [mix(seed, self.step, index, first + i) for i in range(self.size)]
-        torch.manual_seed(mix(seed, self.step, index, first))  # for dropout
+        torch.manual_seed(mix(seed, self.step, index, first, DROPOUT))
         real = None
         if kind in self.method.pictures and self.stream is not None:
             real = self.stream.next().to(accelerator.device).through(self.spec, seeds)
         return Turn(micro, Draws(seeds, accelerator.device), real)
 
     def _update(self, names: list[str], loss: Tensor) -> Tensor:
-        """Clip and step each network of the turn. What is not finite changes nothing; no wait for the device."""
+        """Clip and step each network of the turn. What is not finite changes nothing."""
         norms = {}
         for name in names:
             limit = self._settings(name).max_grad_norm
@@ -136,12 +136,9 @@ class Trainer:
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all() & loss.isfinite()
         bad = sum_over_processes((~finite).float()).clamp(max=1)
         for name in names:
-            optimizer = self.optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self._settings(name), self.step, self.config.train.steps)
-            optimizer.optimizer.found_inf = bad  # the fused kernel skips the step where this is 1
-            optimizer.step()
-            optimizer.zero_grad()
+            settings = self._settings(name)
+            lr = learning_rate(settings, self.step, self.config.train.steps)
+            take_step(self.optimizers[name], settings, lr, bad)
         self.metrics.add({f"grad_norm/{name}": norm.detach() for name, norm in norms.items()})
         return bad
 
@@ -150,13 +147,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that is trained and of every position."""
         stream = self.stream.state_dict() if self.stream is not None else {}
-        streams = gather_object([stream]) if self.accelerator.num_processes > 1 else [stream]
         names = [name for name, _ in self.bare["student"].named_parameters()]
         average = dict(zip(names, self.ema.shadow_params, strict=True))
         state = {
             "step": self.step,
-            "streams": streams,
-            "sums": self.metrics.sums,
+            "streams": of_all_processes(stream),
+            "sums": self.metrics.state(),
             "bad_steps": self.bad_steps,
             "ema_step": self.ema.optimization_step,
             "buffers": {name: module.state_dict() for name, module in self.method.buffers.items()},
@@ -170,18 +166,19 @@ class Trainer:
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
         folder, device = self.config.output / "checkpoints", self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if steps := checkpoint.list_steps(folder):
             optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
             average, state = checkpoint.load(folder, steps[-1], self.bare, optimizers, device)
             self.step, self.ema.optimization_step = state["step"], state["ema_step"]
             self.ema.shadow_params = [average[name] for name, _ in self.bare["student"].named_parameters()]
-            self.metrics.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            self.metrics.load(state["sums"], rank, world, device)
             self.bad_steps = state["bad_steps"].to(device)
             for name, module in self.method.buffers.items():
                 module.load_state_dict(state["buffers"][name])
             if self.stream is not None:
                 streams = state["streams"]
-                self.stream.load_state_dict(streams[min(self.accelerator.process_index, len(streams) - 1)])
+                self.stream.load_state_dict(streams[min(rank, len(streams) - 1)])
         if self.accelerator.is_main_process:
             self.metrics.rewind(self.step)
 
@@ -224,6 +221,7 @@ class Trainer:
         """By the first process; by all, where each has a part of the networks."""
         main = self.accelerator.is_main_process
         if main or self.config.train.parallel == "fsdp2":
+            self.bare["student"].eval()  # until its next turn
             with self.ema_weights():
                 self.preview.draw(self.method, self.step, write=main)
 

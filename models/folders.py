@@ -44,11 +44,15 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way
+        raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)

@@ -9,6 +9,8 @@ import yaml
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from distill.build import build_method
+from distill.settings import DiffInstruct, Teacher, read_config
 from distill.total_derivative import total_derivative
 from eval.control import frame_time, overlap
 from eval.features import quantize
@@ -181,6 +183,10 @@ def test_both_stages_train_what_they_should(folder: Path, tmp_path: Path):
         assert torch.equal(value, after.transformer.state_dict()[name]), name
     assert after.control.leave[0].weight.abs().max() > 0
     assert (tmp_path / "branch/samples/step-000003.png").is_file()
+
+    other = {"method": DiffInstruct(), "teacher": Teacher(path=str(teacher))}
+    with pytest.raises(UserError, match="prompts have no lines"):
+        build_method(read_config(tmp_path / "branch.yaml").model_copy(update=other), None, [])
 
     method = {"kind": "consistency", "warmup_steps": 2, "guidance": [2.0]}
     student = load(run(tmp_path, "student", method | {"start": str(teacher)}, teacher))[0].network

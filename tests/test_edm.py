@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from distill.run import build
 from distill.run import train as run_training
 from distill.settings import Config
+from distill.trainer import Trainer
 from models import unpickle
 from models.condition import Condition
 from models.denoiser import Denoiser
@@ -461,3 +464,51 @@ def test_three_steps_of_f_distill_and_the_student_loads(checkpoint: Checkpoint, 
     assert spec.sigma_init == 2.5 and type(denoiser.network.unet) is type(new(name))  # type: ignore[union-attr]
     before, after = pictures(load(teacher)[0]), pictures(denoiser)
     assert bool(after.isfinite().all()) and not torch.equal(before, after)
+
+
+def started(base: Path, method: dict[str, Any], **changes: Any) -> Trainer:
+    """Before its first step; the teacher's network has dropout."""
+    unet = new("ddpmpp")
+    assert unet.config.dropout == 0.1
+    Spec(1, 5, 3, 16, 0.5, None, [str(i) for i in range(5)]).save(base / "dropout", PatchUNet(unet, 1, 5), "")
+    values = settings(base, method=method, data__channels=3, **changes)
+    values["teacher"]["path"] = str(base / "dropout")
+    return build(Config.model_validate(values))
+
+
+def test_dropout_is_on_in_what_is_trained_alone(tmp_path: Path):
+    """At the start the critic is the teacher: their distance is 0. A grid repeats itself."""
+    trainer = started(tmp_path, {"kind": "diff_instruct", "critic_turns": 1, "bins": 4})
+    modes: list[tuple[str, bool]] = []
+    for name, network in trainer.bare.items():
+        network.register_forward_pre_hook(lambda module, _inputs, name=name: modes.append((name, module.training)))
+    trainer.turn("student", 0)
+    assert modes == [("student", True), ("critic", False)]
+    distances, _ = trainer.metrics.sums["teacher_critic_distance"]
+    assert float(distances.abs().max()) == 0
+    grids = []
+    for _ in range(2):
+        trainer._sample()
+        grids.append((tmp_path / "run/samples/step-000000.png").read_bytes())
+    assert grids[0] == grids[1]
+    modes.clear()
+    trainer.turn("critic", 1)
+    trainer.turn("student", 0)
+    assert modes == [("critic", True), ("student", True), ("critic", False)]
+
+
+def test_dropout_is_not_the_first_rows_noise(tmp_path: Path):
+    trainer = started(tmp_path, {"kind": "diff_instruct", "critic_turns": 1, "bins": 4})
+    noise = trainer._inputs("student", 0, 0).draws.normal(64)[0]
+    assert not torch.equal(torch.randn(64), noise)
+
+
+@pytest.mark.parametrize("tangent", ["central", "jvp"])
+def test_tangents_know_no_dropout(tmp_path: Path, tangent: str):
+    """Differences of two masks would be refused; the exact derivative would be said not to be smooth."""
+    method = {"kind": "consistency", "tangent": tangent, "tangent_step": 0.002, "warmup_steps": 2, "guidance": [1.0]}
+    trainer = started(tmp_path, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.run_step()
+    assert trainer.bare["student"].training

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.pairs import Pairs
+from distill.pairs import Arguments, Pairs
+from distill.pairs import make as make_pairs
 from distill.run import build
 from distill.settings import Config
 from models.condition import Condition
@@ -35,6 +36,13 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "distill.pairs", "--teacher", str(folder / "teacher")]
     line += ["--output", str(folder / "pairs.safetensors"), *arguments]
     return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["count", "steps", "batch"])
+def test_no_pairs_and_no_steps_are_one_line(base: Path, name: str):
+    arguments = Arguments(str(base / "teacher"), base / "none.safetensors", **{name: 0})
+    with pytest.raises(UserError, match="must be at least 1"):
+        make_pairs(arguments)
 
 
 def test_a_pair_is_the_teachers_picture_of_its_noise(base: Path):

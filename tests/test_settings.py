@@ -1,6 +1,7 @@
 """What a user gets for a mistake: one line that says what to do, exit status 2, nothing lost. And what --help shows."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import yaml
 from pydantic import TypeAdapter
 
 from distill import train as entry
-from distill.settings import Config, parse, read_config
+from distill.run import check_scores
+from distill.settings import Config, Evaluation, Pretrain, ScoreMatching, parse, read_config, write_config
+from models.autoencoder import PictureSpec
 from models.errors import UserError
+from models.teachers.embedded import Spec
 from tests.tiny import ROOT, settings, train, write_settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -84,6 +88,14 @@ def test_all_problems_are_named_at_once(tmp_path: Path):
             "method.gan: a divergence other than reverse_kl needs the discriminator's density ratio",
         ),
         (["--data", "{kind: conditions_only}", "--method.kind", "sida"], "sida has a discriminator and needs pictures"),
+        (["--method", "{kind: pretrain}", "--lora", "{}"], "lora: `pretrain` trains no adapters"),
+        (["--method", "{kind: score_matching}", "--lora", "{}"], "lora: `score_matching` trains no adapters"),
+        (["--method", "{kind: autoencoder}", "--lora", "{}"], "lora: `autoencoder` trains no adapters"),
+        (
+            ["--method", "{kind: consistency}", "--teacher.guidance", "2"],
+            "teacher.guidance: `consistency` takes its scales from method.guidance",
+        ),
+        (["--evaluation", "{num_images: 12}"], "evaluation.num_images: only students of classes are scored at the end"),
         (["--classes", "[0, 7]"], "classes: [0, 7] are not among the teacher's 0 to 1"),
         (["--method.noise_levels", "{kind: loguniform, low: 2, high: 1}"], "low 2 is not below high 1"),
         (["--method.noise_levels", "{kind: grid, low: 0.5, high: 0.5}"], "low 0.5 is not below high 0.5"),
@@ -101,6 +113,50 @@ def test_mistakes_on_the_command_line_and_misfits(
 ):
     assert message in fail(capsys, monkeypatch, "--config", base / "run.yaml", *arguments)
     assert not (base / "run").exists()
+
+
+def test_a_tracker_that_is_not_there(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("distill.run.get_available_trackers", list)
+    message = fail(capsys, monkeypatch, "--config", base / "run.yaml", "--train.trackers", "[wandb]")
+    assert "train.trackers: wandb is not installed: pip install wandb" in message
+
+
+def test_what_is_scored_at_the_end(base: Path):
+    """Students of classes with the pictures that the judge takes, and enough of them."""
+    config = read_config(base / "run.yaml")
+    spec = Spec(2, 2, 1, 32, 0.5, None, ["a", "b"])
+
+    def refused(spec: Any, n: int = 12, **changes: Any) -> bool:
+        try:
+            check_scores(config.model_copy(update={"evaluation": Evaluation(num_images=n)} | changes), spec)
+        except UserError:
+            return True
+        return False
+
+    assert not refused(spec) and not refused(PictureSpec((3, 32, 32)), 0)
+    assert refused(replace(spec, size=16)) and refused(spec, 9) and refused(PictureSpec((1, 32, 32)))
+    assert refused(spec, method=Pretrain()) and refused(spec, method=ScoreMatching())
+
+
+def test_output_that_cannot_be_written(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Before anything is loaded."""
+    line = ["--config", base / "run.yaml", "--teacher.path", "nowhere", "--output"]
+    for output in (base / "run.yaml", base / "run.yaml" / "run", Path("/proc/none/run")):
+        assert f"output: {output} cannot be written" in fail(capsys, monkeypatch, *line, output)
+    (base / "cut").mkdir()
+    (base / "cut" / "config.yaml").touch()
+    assert "config.yaml: expected keys and values" in fail(capsys, monkeypatch, *line, base / "cut")
+
+
+def test_a_runs_settings_are_replaced_whole(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, path = read_config(base / "run.yaml"), tmp_path / "config.yaml"
+    path.write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        write_config(config, path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    write_config(config, path)
+    assert read_config(path) == config
 
 
 def test_missing_files_and_empty_folders(

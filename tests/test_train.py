@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
+from distill.metrics import Metrics
 from distill.run import build
 from distill.run import train as run_training
 from distill.settings import Config
@@ -115,6 +117,28 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (half / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither by a checkpoint that the disk had no room for, nor by runs that were killed."""
+    trainer = build(Config.model_validate(settings(tmp_path)))
+    folder = tmp_path / "run" / "checkpoints"
+    for name in (".step-1.tmp", ".step-1.old"):
+        (folder / name / "student").mkdir(parents=True)
+    save_tensors = torch.save
+
+    def full(content: Any, path: Path) -> None:
+        if path.name == "state.pt":
+            raise OSError(28, "No space left on device")
+        save_tensors(content, path)
+
+    trainer.run_step()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", full)
+        trainer.save()
+    assert list(folder.iterdir()) == []
+    trainer.save()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
 def test_resume_between_log_lines_keeps_the_means(base: Path):
     """A checkpoint that falls between two lines carries the sums of the first half."""
     changes = {"train__log_every": 3, "train__checkpoint_every": 2}
@@ -136,12 +160,17 @@ def test_resume_between_log_lines_keeps_the_means(base: Path):
 
 
 def test_two_processes_agree_with_one(base: Path):
-    """torchrun with gloo at the same global batch, resumed half-way: losses and every network to 1e-5."""
+    """torchrun with gloo at the same global batch: losses and every network to 1e-5. Resumed between two log lines it
+    writes the same line again."""
     config = write_settings(base, "two", train__checkpoint_every=100, train__checkpoint_minutes=1e-9)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for steps in (3, 6):
-        done = train("--config", config, "--train.steps", steps, launcher=launcher)
+    written = []
+    for _ in range(2):
+        shutil.rmtree(base / "two" / "checkpoints" / "step-6", ignore_errors=True)
+        done = train("--config", config, launcher=launcher)
         assert done.returncode == 0, done.stderr
+        written.append((base / "two" / "metrics.jsonl").read_text())
+    assert written[0] == written[1]
     kept = checkpoint.list_steps(base / "two" / "checkpoints")  # any time is more than a billionth of a minute
     assert kept == [5, 6]
     one, two = state(base / "whole", 6), state(base / "two", 6)
@@ -153,6 +182,20 @@ def test_two_processes_agree_with_one(base: Path):
     lines = [json.loads((base / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "two")]
     assert lines[0]["critic_loss"] == pytest.approx(lines[1]["critic_loss"], rel=1e-5)
     assert lines[0]["ratio"] == pytest.approx(lines[1]["ratio"], rel=1e-4)
+
+
+def test_sums_of_several_processes_are_taken_over_by_any_number(tmp_path: Path):
+    saved = [{"loss": torch.tensor([float(i), 1.0])} for i in range(3)]
+    for state, world, expected in [
+        (saved, 3, [[0, 1], [1, 1], [2, 1]]),
+        (saved, 2, [[2, 2], [1, 1]]),
+        (saved[:1], 2, [[0, 1], [0, 0]]),
+        (saved[1], 2, [[1, 1], [0, 0]]),
+    ]:
+        metrics = [Metrics(tmp_path) for _ in range(world)]
+        for rank, one in enumerate(metrics):
+            one.load(state, rank, world, torch.device("cpu"))  # type: ignore[arg-type]
+        assert [one.sums["loss"].tolist() for one in metrics] == expected
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -168,6 +211,16 @@ def test_gradient_accumulation_is_one_batch(tmp_path: Path, reuse: bool):
         runs[parts] = [p.detach().clone() for p in trainer.bare["student"].parameters()]
     for one, two in zip(runs[1], runs[2], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_no_process_waits_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only for the export, which a next stage reads: barriers give up after ten minutes."""
+    done: list[str] = []
+    exported = lambda: ["export"] if (tmp_path / "run/student/model_index.json").is_file() else []
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _self: done.extend(["wait", *exported()]))
+    monkeypatch.setattr("distill.run.publish", lambda *_: done.append("publish"))
+    assert run_training(Config.model_validate(settings(tmp_path, train__steps=1))) == 0
+    assert done[-3:] == ["wait", "export", "publish"]
 
 
 def test_sigterm_saves_and_exits(base: Path):
@@ -211,6 +264,28 @@ def test_nonfinite_steps_are_skipped_counted_and_end_the_run(tmp_path: Path):
     kept = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     weights = load_file(tmp_path / "run" / "checkpoints" / f"step-{kept[-1]}" / "student" / "model.safetensors")
     assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_optimizers_that_read_no_flag_skip_a_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As bitsandbytes' does not."""
+    plain = lambda network, settings: torch.optim.AdamW(network.parameters(), settings.lr, fused=False)
+    monkeypatch.setattr("distill.trainer.new_optimizer", plain)
+    trainer = build(Config.model_validate(settings(tmp_path, student__eight_bit=True)))
+    before = [p.detach().clone() for p in trainer.bare["student"].parameters()]
+    original, factor = trainer.method.student_loss, float("nan")
+
+    def poisoned(turn: Any) -> Any:
+        loss, logs = original(turn)
+        return loss * factor, logs
+
+    trainer.method.student_loss = poisoned  # type: ignore[method-assign]
+    assert float(trainer.turn("student", 0)) == 1
+    after = list(trainer.bare["student"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.grad is not None and bool(p.grad.abs().sum()) for p in after)
+    factor = 1.0
+    assert float(trainer.turn("student", 0)) == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_average_moves_once_per_student_step(tmp_path: Path):
@@ -366,6 +441,14 @@ def test_a_start_that_does_not_fit_is_one_line(base: Path, tmp_path: Path):
     weights = tmp_path / "run" / "checkpoints" / f"step-{step}" / "critic" / "model.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
     assert "is of another teacher's architecture" in error(tmp_path / "run")
+    weights.write_bytes(b"cut")
+    assert f"the newest checkpoint of {tmp_path / 'run'} is damaged" in error(tmp_path / "run")
+
+
+def test_a_student_is_no_teacher(base: Path, tmp_path: Path):
+    values = settings(tmp_path, teacher={"path": str(base / "whole/student")})
+    with pytest.raises(UserError, match=r"^teacher.path: .*is a one-step student: name the teacher"):
+        build(Config.model_validate(values))
 
 
 def test_pictures_of_more_classes_than_the_teacher_knows(base: Path, tmp_path: Path):

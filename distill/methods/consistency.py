@@ -146,9 +146,11 @@ class ConsistencyDistillation:
         with torch.autocast(x_t.device.type, enabled=False):  # the derivative needs float32 inside attention
             field = lambda x, t: self.flow.velocity(x, t, cond)
             mode, step, last = settings.tangent, settings.tangent_step, self.process.t_max
+            self.flow.eval()  # a difference of two dropout masks is no derivative
             velocity, derivative = total_derivative(
                 field, x_t.float(), t, dx_dt.float(), mode, step, last, check=not self._checked
             )
+            self.flow.train()
             self._checked = True
         warmup = (self.steps.count / settings.warmup_steps).clamp(max=1) if settings.warmup_steps else 1.0
         g = losses.tangent(x_t, t, velocity, derivative, dx_dt, sigma_data, warmup)
