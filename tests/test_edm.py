@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from distill.run import build
 from distill.run import train as run_training
-from distill.settings import Config
+from distill.settings import Config, LoRA
 from models import unpickle
 from models.condition import Condition
 from models.denoiser import Denoiser
@@ -397,7 +398,7 @@ def test_the_command_converts_and_the_folder_gives_the_same_outputs(
         with pytest.raises(UserError, match=message):
             edm.main(edm.Options(checkpoint.folder / checkpoint_path, checkpoint.folder / target))
     with pytest.raises(UserError, match=r"unet\.enc\.8x8_block0"):
-        settings_of(folder, checkpoint.folder, taps=["unet.mid_block"])
+        build(settings_of(folder, checkpoint.folder, taps=["unet.mid_block"]))
 
 
 ELSEWHERE = """
@@ -445,19 +446,48 @@ def test_several_students_load_with_stock_diffusers(tmp_path: Path):
     assert float((found - expected).abs().max()) <= 1e-5
 
 
-def settings_of(teacher: Path, base: Path, **gan: Any) -> int:
-    """Three steps of f-distill with this teacher; the exit status."""
+def settings_of(teacher: Path, base: Path, **gan: Any) -> Config:
+    """Three steps of f-distill with this teacher."""
     values = settings(base, output="run", data__channels=3, train__steps=3, method__critic_turns=1)
     values["teacher"]["path"], values["method"]["bins"] = str(teacher), 2
     values["method"]["gan"] |= gan
-    return run_training(Config.model_validate(values))
+    return Config.model_validate(values)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_of_f_distill_and_the_student_loads(checkpoint: Checkpoint, name: str):
     teacher, base = converted(checkpoint, name), checkpoint.folder
-    assert settings_of(teacher, base, taps=["unet.enc.8x8_block0"]) == 0
+    assert run_training(settings_of(teacher, base, taps=["unet.enc.8x8_block0"])) == 0
     denoiser, spec = load(base / "run" / "student")
     assert spec.sigma_init == 2.5 and type(denoiser.network.unet) is type(new(name))  # type: ignore[union-attr]
     before, after = pictures(load(teacher)[0]), pictures(denoiser)
     assert bool(after.isfinite().all()) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["own", "ddpmpp", "adm"])
+def test_an_adapter_is_merged_into_the_exported_weights(checkpoint: Checkpoint, name: str):
+    base = checkpoint.folder
+    if name == "own":
+        config, teacher = Config.model_validate(settings(base, lora={"rank": 2})), base / "teacher"
+    else:
+        teacher = converted(checkpoint, name)
+        config = settings_of(teacher, base, taps=["unet.enc.8x8_block0"])
+        config = config.model_copy(update={"lora": LoRA(rank=2, targets=["qkv", "proj"])})
+    trainer = build(config)
+    trainer.run_step()
+    trainer.spec.save(base / "student", trainer.method.exported(), "")
+    student = cast(OneStepStudent, trainer.bare["student"]).denoiser.eval()
+    x, t, _ = inputs()
+    x, cond = x[:, : trainer.spec.shape[0]], Condition(class_ids=torch.tensor([0, 1, -1]))
+    with torch.no_grad():
+        expected, found, before = (
+            each.denoise(x, t, cond) for each in (student, load(base / "student")[0], load(teacher)[0])
+        )
+    assert float((found - expected).abs().max()) < 1e-5 < float((found - before).abs().max())
+
+
+def test_layers_that_cannot_be_adapted_are_refused_before_training(checkpoint: Checkpoint):
+    config = settings_of(converted(checkpoint, "edm2"), checkpoint.folder, taps=["unet.enc.8x8_block0"])
+    with pytest.raises(UserError, match="can adapt") as error:
+        build(config.model_copy(update={"lora": LoRA(rank=2, targets=["attn_qkv"])}))
+    one_line(error)
