@@ -92,8 +92,8 @@ EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
 
-def hf_dataset(data: HFData, rank: int, world: int) -> Any:
-    """The data set of ``data``; an iterable one is split over processes."""
+def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> Any:
+    """The data set of ``data``; an iterable one is shuffled, shards alone, and split over processes."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -105,6 +105,8 @@ def hf_dataset(data: HFData, rank: int, world: int) -> Any:
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    if data.streaming:
+        dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
     if data.streaming and world > 1:
         from datasets.distributed import split_dataset_by_node
 
@@ -130,7 +132,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
         case ImageFolderData():
             pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
         case HFData():
-            dataset = hf_dataset(data, rank, world)
+            dataset = hf_dataset(data, rank, world, seed)
             columns = Columns(data.image_column, data.label_column, data.caption_column)
             whole = HFPictures(dataset, data.size, data.channels, columns)
             if data.streaming:
@@ -343,7 +345,7 @@ def _without_encoders(config: Config, teacher: Teacher, spec: TextSpec) -> TextS
             raise UserError("teacher.cache: the captions of these data cannot be listed: use distill.precompute")
     prompts = [] if config.data.prompts is None else read_prompts(config.data.prompts)
     if isinstance(config.data, HFData):
-        prompts += list(hf_dataset(config.data, 0, 1)[config.data.caption_column])
+        prompts += list(hf_dataset(config.data)[config.data.caption_column])
     known = cached(teacher.cache, spec, [*prompts, *spec.examples], teacher.path, teacher.tokens)
     return spec.without_encoders(known, isinstance(config.data, ConditionsOnly))
 
@@ -536,7 +538,7 @@ def _conditions(config: Config, spec: ClassSpec | TextSpec) -> Classes | Caption
             drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
             return Captions.of(sorted(drawn - captions.held_out()), spec)
         case HFData() if not data.streaming and data.caption_column:
-            return Captions.of(list(hf_dataset(data, 0, 1)[data.caption_column]), spec)
+            return Captions.of(list(hf_dataset(data)[data.caption_column]), spec)
     raise UserError("data.prompts: missing; a text file with a prompt in each line")
 
 

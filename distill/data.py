@@ -400,8 +400,8 @@ class ShuffledStream:
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Its position is the library's own ``state_dict``; shards are shuffled, pictures within one are not, since a shuffle
-    buffer could not be resumed exactly.
+    Its position is the library's own ``state_dict``. Each epoch takes the shards in another order and reads several by
+    turns; pictures within a shard keep theirs, since a buffer that shuffles them could not be resumed exactly.
     """
 
     def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns):

@@ -180,6 +180,20 @@ def test_streams_are_split_over_processes(tmp_path: Path):
     assert halves[0] | halves[1] == set(range(8)) and not halves[0] & halves[1]
 
 
+def test_streams_mix_their_shards_in_an_order_that_seed_and_epoch_decide(tmp_path: Path):
+    source = webdataset(tmp_path, True) | {"data_files": str(write_shards(tmp_path / "eight", 8, 2) / "*.tar")}
+
+    def epochs(seed: int) -> list[list[int]]:
+        config = Config.model_validate(settings(tmp_path, data=source, train__batch_size=16, train__seed=seed))
+        stream, _, _ = build_stream(config, 0, 1)
+        assert stream is not None
+        return [[round((float(v) + 1) * 12.75) for v in stream.next().images[:, 0, 0, 0]] for _ in range(2)]
+
+    first, second = epochs(0)
+    assert sorted(first) == sorted(second) == list(range(16)) and first != second
+    assert len({number // 2 for number in first[:8]}) > 4 and epochs(1)[0] != first == epochs(0)[0]
+
+
 def test_wrong_columns_are_named(tmp_path: Path):
     source = {"kind": "hf_dataset", "path": "webdataset", "data_files": str(write_shards(tmp_path / "w") / "*.tar")}
     config = Config.model_validate(settings(tmp_path, data=source | {"image_column": "jpg", "label_column": "cls"}))
