@@ -271,6 +271,7 @@ def malicious(path: Path) -> dict[str, tuple[Any, str]]:
     archive, command = io.BytesIO(), f"touch {path}".encode()
     torch.save(touch, archive)
     tensor = torch.storage._load_from_bytes  # pyright: ignore[reportAttributeAccessIssue]
+    numeric, scalar = np._core.numeric._frombuffer, np._core.multiarray.scalar  # type: ignore[attr-defined]
     evil = b"(U" + bytes([len(command)]) + command + b"tR."
     return {
         "system": (touch, r"asks for (posix|nt)\.system"),
@@ -284,7 +285,10 @@ def malicious(path: Path) -> dict[str, tuple[Any, str]]:
             Calls(torch._utils._rebuild_tensor_v2, torch.zeros(2)._typed_storage(), 0, (1000,), (1,)),
             "out of bounds",
         ),
-        "object array": (np.array([touch], dtype=object), r"asks for (posix|nt)\.system"),
+        "array of objects": (np.array([touch], dtype=object), "array of O8"),
+        "array of pointers": (Calls(np.ndarray, (1,), "O", b"AAAAAAAA"), "not callable"),
+        "scalar of a pointer": (Calls(scalar, np.dtype("O"), b"AAAAAAAA"), "array of O8"),
+        "array beyond its bytes": (Calls(numeric, b"AAAA", np.dtype("f4"), (1000,), "C"), "reshape"),
         "numpy's function": (Calls(np.load, str(path)), r"asks for numpy\.load"),
         "copyreg": (raw("copyreg", "_reconstructor", b"."), r"asks for copyreg\._reconstructor"),
         "torch's function": (raw("torch.nn.modules.module", "register_module_forward_hook", evil), "argument"),
@@ -327,6 +331,16 @@ def test_records_and_functions_cannot_be_changed_by_a_file():
         unpickle.Record.state = {}  # type: ignore[assignment]
     with pytest.raises(AttributeError):
         unpickle._Storage().__call__ = eval  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_and_numbers_of_numpy_are_read(tmp_path: Path, protocol: int):
+    grid = np.arange(6, dtype=np.float32).reshape(2, 3)
+    values = [grid, np.asfortranarray(grid), grid.astype(">f4"), np.array([True, False]), np.float64(0.5), np.int64(-3)]
+    path = tmp_path / "values.pkl"
+    path.write_bytes(pickle.dumps(values, protocol))
+    for value, found in zip(values, unpickle.load(path, "checkpoint"), strict=True):
+        assert found.dtype.str[1:] == value.dtype.str[1:] and np.array_equal(found, value)
 
 
 def without(network: Persistent, *place: str) -> Persistent:
