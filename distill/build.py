@@ -92,8 +92,8 @@ EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
 
-def hf_dataset(data: HFData, rank: int, world: int) -> Any:
-    """The data set of ``data``; an iterable one is split over processes."""
+def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> Any:
+    """The data set of ``data``; an iterable one is shuffled, shards alone, and split over processes."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -105,6 +105,8 @@ def hf_dataset(data: HFData, rank: int, world: int) -> Any:
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    if data.streaming:
+        dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
     if data.streaming and world > 1:
         from datasets.distributed import split_dataset_by_node
 
@@ -112,10 +114,15 @@ def hf_dataset(data: HFData, rank: int, world: int) -> Any:
     return dataset
 
 
-def _of_classes(classes: list[int], column: str | None) -> Callable[[dict[str, Any]], bool]:
+def _of_classes(classes: list[int], columns: Columns) -> Callable[[dict[str, Any]], bool]:
     """Whether a row of a streamed data set is of these classes."""
     allowed = set(classes)
-    return lambda row: (int(row[column]) if column else 0) in allowed
+    return lambda row: (columns.class_id(row[columns.label]) if columns.label else 0) in allowed
+
+
+def _has_classes(config: Config) -> bool:
+    """Whether the data are a Hugging Face data set of classes; those of a stream may have no names."""
+    return isinstance(config.data, HFData) and config.data.caption_column is None
 
 
 def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, Shape | None, list[str]]:
@@ -130,16 +137,17 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
         case ImageFolderData():
             pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
         case HFData():
-            dataset = hf_dataset(data, rank, world)
+            dataset = hf_dataset(data, rank, world, seed)
             columns = Columns(data.image_column, data.label_column, data.caption_column)
-            whole = HFPictures(dataset, data.size, data.channels, columns)
+            shape = (data.channels, data.size, data.size)
             if data.streaming:
+                names = columns.class_names(dataset.features)
                 if config.classes is not None:
                     if columns.caption:
                         raise UserError("classes: these pictures have captions, not classes")
-                    dataset = dataset.filter(_of_classes(config.classes, data.label_column))
-                return StreamedPictures(dataset, size, whole.shape, columns), whole.shape, whole.class_names
-            pictures = whole
+                    dataset = dataset.filter(_of_classes(config.classes, columns))
+                return StreamedPictures(dataset, size, shape, columns), shape, names
+            pictures = HFPictures(dataset, shape, columns)
         case SolidsData():
             pictures = SolidsPictures(data.count, data.size, data.turntable, data.workers, data.keep)
         case ConditionsOnly():
@@ -256,6 +264,11 @@ def _pretraining(
         raise UserError("data.kind: `pretrain` needs pictures, conditions_only has none")
     if settings.sana is not None:
         return _sana(config, settings, settings.sana, shape)
+    if not class_names and _has_classes(config):
+        raise UserError(
+            "data.streaming: a stream whose classes have no names does not tell how many there are: give false, or "
+            "label_column: null"
+        )
     if not class_names:
         raise UserError("data: pictures with captions, not classes; method.sana makes a teacher for them")
     spec = Spec(settings.patch, len(class_names), shape[0], shape[1], settings.sigma_data, None, class_names)
@@ -307,7 +320,7 @@ def load_teacher(
     if shape is not None and shape != spec.picture:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")
     if isinstance(spec, TextSpec):
-        if class_names or config.classes is not None:
+        if class_names or config.classes is not None or _has_classes(config):
             raise UserError(f"data: pictures of classes, but the teacher {teacher.path} is asked for prompts")
         scales = {teacher.guidance, *(config.method.guidance if isinstance(config.method, Consistency) else [])}
         if not spec.guidable and scales != {1.0}:
@@ -347,7 +360,7 @@ def _without_encoders(config: Config, teacher: Teacher, spec: TextSpec) -> TextS
             raise UserError("teacher.cache: the captions of these data cannot be listed: use distill.precompute")
     prompts = [] if config.data.prompts is None else read_prompts(config.data.prompts)
     if isinstance(config.data, HFData):
-        prompts += list(hf_dataset(config.data, 0, 1)[config.data.caption_column])
+        prompts += list(hf_dataset(config.data)[config.data.caption_column])
     known = cached(teacher.cache, spec, [*prompts, *spec.examples], teacher.path, teacher.tokens)
     return spec.without_encoders(known, isinstance(config.data, ConditionsOnly))
 
@@ -545,7 +558,7 @@ def _conditions(config: Config, spec: ClassSpec | TextSpec) -> Classes | Caption
             drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
             return Captions.of(sorted(drawn - captions.held_out()), spec)
         case HFData() if not data.streaming and data.caption_column:
-            return Captions.of(list(hf_dataset(data, 0, 1)[data.caption_column]), spec)
+            return Captions.of(list(hf_dataset(data)[data.caption_column]), spec)
     raise UserError("data.prompts: missing; a text file with a prompt in each line")
 
 

@@ -27,7 +27,7 @@ from models.errors import UserError, run_command
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
-from models.teachers.base import Spec, TextSpec
+from models.teachers.base import ClassSpec, Spec, TextSpec
 
 ROUGH = 0x11E5
 """Sets the random numbers of lines apart from those of a turn."""
@@ -44,6 +44,14 @@ class Batch:
     cond: Condition
     captions: tuple[str, ...] = ()
     encoded: bool = False
+
+    def checked(self, spec: Spec) -> "Batch":
+        """Itself; UserError if there is a class that ``spec`` does not know. For batches on the CPU."""
+        if isinstance(spec, ClassSpec) and self.cond.class_ids is not None:
+            last = int(self.cond.class_ids.max())
+            if last >= spec.num_classes:
+                raise UserError(f"data: a picture of class {last}, but the network knows 0 to {spec.num_classes - 1}")
+        return self
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, images=self.images.to(device, non_blocking=True), cond=self.cond.to(device))
@@ -259,14 +267,26 @@ class Columns:
     caption: str | None = None
 
     def class_names(self, features: Any) -> list[str]:
-        """UserError if a column is not among ``features`` (None: unknown); no names for captions."""
+        """Empty for captions and for classes without names; UserError if ``features`` (None: unknown) lack a column."""
         for column in (self.image, self.caption or self.label):
             if column and features is not None and column not in features:
                 raise UserError(f"data: the data set has no column '{column}'; it has {sorted(features)}")
         if self.caption:
             return []
-        label = features[self.label] if self.label and features is not None else None
-        return list(getattr(label, "names", None) or ["all"])
+        if self.label is None:
+            return ["all"]
+        label = features[self.label] if features is not None else None
+        return list(getattr(label, "names", None) or [])
+
+    def class_id(self, value: Any) -> int:
+        """Of what ``label`` has for a picture; UserError if that is no number from 0 on."""
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -1
+        if number < 0:
+            raise UserError(f"data.label_column: '{self.label}' has {value!r:.40} for a class, not a number from 0 on")
+        return number
 
     def collate(self, rows: list[dict[str, Any]], shape: tuple[int, int, int]) -> Batch:
         """Rows to a batch; webdataset's ``cls`` and ``txt`` files arrive as values or as their text."""
@@ -274,25 +294,27 @@ class Columns:
         if self.caption:
             texts = (row[self.caption] for row in rows)
             return Batch(images, Condition(), tuple(t.decode() if isinstance(t, bytes) else str(t) for t in texts))
-        labels = torch.tensor([int(row[self.label]) if self.label else 0 for row in rows])
+        labels = torch.tensor([self.class_id(row[self.label]) if self.label else 0 for row in rows])
         return Batch(images, Condition(class_ids=labels))
 
 
 class HFPictures:
-    """A map-style Hugging Face data set."""
+    """A map-style Hugging Face data set. Classes without names are called by their numbers."""
 
-    def __init__(self, dataset: Any, size: int, channels: int, columns: Columns):
+    def __init__(self, dataset: Any, shape: tuple[int, int, int], columns: Columns):
+        self.dataset, self.columns, self.shape = dataset, columns, shape
         self.class_names = columns.class_names(dataset.features)
-        self.dataset, self.columns = dataset, columns
-        self.shape = (channels, size, size)
+        if not self.class_names and not columns.caption and len(dataset):
+            self.class_names = [str(i) for i in range(int(self.labels.max()) + 1)]
 
     @property
     def labels(self) -> Tensor:
         if self.columns.caption:
             raise UserError("classes: these pictures have captions, not classes")
         label = self.columns.label
-        values = self.dataset[label] if label else [0] * len(self.dataset)
-        return torch.tensor([int(value) for value in values])
+        if not label:
+            return torch.zeros(len(self.dataset), dtype=torch.long)
+        return torch.tensor([self.columns.class_id(value) for value in self.dataset[label]])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -400,8 +422,8 @@ class ShuffledStream:
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Its position is the library's own ``state_dict``; shards are shuffled, pictures within one are not, since a shuffle
-    buffer could not be resumed exactly.
+    Its position is the library's own ``state_dict``. Each epoch takes the shards in another order and reads several by
+    turns; pictures within a shard keep theirs, since a buffer that shuffles them could not be resumed exactly.
     """
 
     def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns):

@@ -124,7 +124,7 @@ class Trainer:
         torch.manual_seed(mix(seed, self.step, index, first, DROPOUT))
         real = None
         if kind in self.method.pictures and self.stream is not None:
-            real = self.stream.next().to(accelerator.device).through(self.spec, seeds)
+            real = self.stream.next().checked(self.spec).to(accelerator.device).through(self.spec, seeds)
         return Turn(micro, Draws(seeds, accelerator.device), real)
 
     def _update(self, names: list[str], loss: Tensor) -> Tensor:

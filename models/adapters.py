@@ -50,7 +50,7 @@ class Adapted(CoreNetwork):
     """``network`` with a new adapter of its own, as ``network(x, t, cond)``; only the adapter's parameters are its own.
 
     ``network`` has a part of diffusers named ``core``. Before any training the output is the bare network's, bit by
-    bit. UserError if none of its layers is called as ``targets`` say.
+    bit. UserError if none of its layers that peft can adapt is called as ``targets`` say.
     """
 
     def __init__(self, network: Any, name: str, rank: int, alpha: int | None = None, targets: Sequence[str] = TARGETS):
@@ -62,7 +62,7 @@ class Adapted(CoreNetwork):
         try:
             inject_adapter_in_model(config, network.core, adapter_name=name)
         except ValueError as error:
-            raise UserError(f"lora.targets: {list(targets)} name no layer of this network") from error
+            raise UserError(f"lora.targets: {list(targets)} name no layer that this network can adapt") from error
         layers = _layers(network)
         self._layers: list[LoraLayer] = []
         for layer in layers.values():
@@ -103,10 +103,10 @@ def merged(network: nn.Module) -> nn.Module:
     A sharded network is gathered: all processes must call it.
     """
     bare: Any = network.network if isinstance(network, Adapted) else network
-    core = bare.core
-    sharded = any(isinstance(parameter, DTensor) for parameter in core.parameters())
+    sharded = any(isinstance(parameter, DTensor) for parameter in bare.parameters())
     if bare is network and not sharded:
         return network
+    core = bare.core
     state: dict[str, Tensor] = {}
     for name, value in [*core.named_parameters(), *core.named_buffers()]:
         if ".lora_" not in name:

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.errors import UserError
 
-NUMPY = frozenset({"_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype"})
 VERSION = 6
 """Of NVIDIA's format; it has stayed the same from StyleGAN2-ADA to EDM2."""
 
@@ -129,6 +129,77 @@ class _Parameter(_Call):
         return data
 
 
+class _Number:
+    """In the place of a numpy dtype; its state may swap the bytes, nothing else."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, text: str):
+        if not re.fullmatch(r"[biufc]\d+", text):
+            raise pickle.UnpicklingError(f"it asks for an array of {text}, not of numbers")
+        self.dtype = np.dtype(text)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _NumberOf(_Call):
+    __slots__ = ()
+
+    def __call__(self, text: str, *_: Any) -> _Number:
+        """In the place of numpy.dtype, which would make pointers too."""
+        return _Number(text)
+
+
+class _Array(np.ndarray):
+    """An array of numbers whose state cannot make it one of pointers."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:  # type: ignore[override]
+        _, shape, number, fortran, content = state
+        super().__setstate__((1, shape, number.dtype, fortran, content))  # type: ignore[misc]
+
+
+class _ArrayType(_Call):
+    """In the place of numpy.ndarray: to be named, not to be called."""
+
+    __slots__ = ()
+
+
+class _ArrayOf(_Call):
+    __slots__ = ()
+
+    def __call__(self, *_: Any) -> _Array:
+        """In the place of numpy's _reconstruct: an empty one, whose state follows."""
+        return _Array((0,), np.int8)
+
+
+class _ArrayFrom(_Call):
+    __slots__ = ()
+
+    def __call__(self, content: bytes, number: _Number, shape: tuple[int, ...], order: Any, axes: Any = None) -> _Array:
+        """In the place of numpy's _frombuffer."""
+        array = np.frombuffer(content, number.dtype)
+        array = array.reshape(shape, order=order) if axes is None else array.reshape(shape).transpose(axes)
+        return array.copy().view(_Array)
+
+
+class _Scalar(_Call):
+    __slots__ = ()
+
+    def __call__(self, number: _Number, content: bytes) -> Any:
+        """In the place of numpy's scalar."""
+        return np.frombuffer(content, number.dtype)[0]
+
+
+NUMPY = {
+    "_reconstruct": _ArrayOf(),
+    "_frombuffer": _ArrayFrom(),
+    "ndarray": _ArrayType(),
+    "dtype": _NumberOf(),
+    "scalar": _Scalar(),
+}
+
+
 def _record_class(name: str) -> type[Record]:
     return _Sealed(name, (Record,), {"__slots__": ()})
 
@@ -155,14 +226,14 @@ class _Unpickler(pickle.Unpickler):
         if re.fullmatch(r"torch\.nn\.modules\.\w+", module) and name.isidentifier():
             return _record_class(name)
         if module.partition(".")[0] == "numpy" and name in NUMPY:
-            return super().find_class(re.sub(r"^numpy\.core\b", "numpy._core", module), name)
+            return NUMPY[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def load(path: Path, key: str) -> Any:
     """What the pickle ``path`` holds. UserError, which begins with ``key``, if it is damaged or asks for anything else.
 
-    Nothing that the file names is called but what numpy needs to build arrays.
+    Nothing that the file names is called.
     """
     try:
         with path.open("rb") as file:

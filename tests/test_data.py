@@ -14,6 +14,7 @@ from distill import data
 from distill.build import build_stream
 from distill.data import (
     FASHION_MNIST_FILES,
+    Columns,
     FashionMNIST,
     ImageFolder,
     ShuffledStream,
@@ -21,9 +22,10 @@ from distill.data import (
     Subset,
     to_tensor,
 )
+from distill.run import build
 from distill.settings import Config
 from models.errors import UserError
-from tests.tiny import ROOT, save_pictures, settings
+from tests.tiny import ROOT, save_network, save_pictures, save_sana, settings
 
 FASHION = ROOT / "data" / "fashion-mnist"
 
@@ -178,6 +180,51 @@ def test_streams_are_split_over_processes(tmp_path: Path):
         assert stream is not None
         halves.append({round((float(v) + 1) * 12.75) for v in stream.next().images[:, 0, 0, 0]})
     assert halves[0] | halves[1] == set(range(8)) and not halves[0] & halves[1]
+
+
+def test_streams_mix_their_shards_in_an_order_that_seed_and_epoch_decide(tmp_path: Path):
+    source = webdataset(tmp_path, True) | {"data_files": str(write_shards(tmp_path / "eight", 8, 2) / "*.tar")}
+
+    def epochs(seed: int) -> list[list[int]]:
+        config = Config.model_validate(settings(tmp_path, data=source, train__batch_size=16, train__seed=seed))
+        stream, _, _ = build_stream(config, 0, 1)
+        assert stream is not None
+        return [[round((float(v) + 1) * 12.75) for v in stream.next().images[:, 0, 0, 0]] for _ in range(2)]
+
+    first, second = epochs(0)
+    assert sorted(first) == sorted(second) == list(range(16)) and first != second
+    assert len({number // 2 for number in first[:8]}) > 4 and epochs(1)[0] != first == epochs(0)[0]
+
+
+def test_classes_without_names_are_counted_or_refused(tmp_path: Path):
+    source = webdataset(tmp_path, False)
+    pretrain = {"data": source, "teacher": None, "method": {"kind": "pretrain", "channels": [8, 32], "patch": 2}}
+    values = settings(tmp_path, **pretrain)
+    trainer = build(Config.model_validate(values))
+    trainer.run_step()
+    assert trainer.spec.class_names == ["0", "1"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="label_column: null"):
+        build(Config.model_validate(values | {"data": source | {"streaming": True}}))
+    alone = values | {"data": source | {"streaming": True, "label_column": None}}
+    assert build(Config.model_validate(alone)).spec.class_names == ["all"]  # type: ignore[attr-defined]
+
+
+def test_classes_that_a_network_does_not_know_are_named(tmp_path: Path):
+    save_network(tmp_path / "one", None, 0, size=8, classes=1)
+    source = webdataset(tmp_path, True)
+    method = {"kind": "score_matching", "channels": [8, 16], "patch": 4}
+    values = settings(tmp_path, data=source, teacher={"path": str(tmp_path / "one")}, method=method)
+    trainer = build(Config.model_validate(values))
+    with pytest.raises(UserError, match="class 1, but the network knows 0 to 0"):
+        trainer.run_step()
+    for value in ("cube", None, -1, b"x"):
+        with pytest.raises(UserError, match="for a class, not a number"):
+            Columns("png", "cls").class_id(value)
+    assert [Columns("png", "cls").class_id(value) for value in (3, "3", b"3\n", True)] == [3, 3, 3, 1]
+    save_sana(tmp_path / "sana")
+    changes = {"data": source | {"size": 32, "channels": 3}, "teacher": {"path": str(tmp_path / "sana")}}
+    with pytest.raises(UserError, match="pictures of classes, but the teacher"):
+        build(Config.model_validate(values | changes))
 
 
 def test_wrong_columns_are_named(tmp_path: Path):

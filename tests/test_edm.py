@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill.run import build
 from distill.run import train as run_training
-from distill.settings import Config
+from distill.settings import Config, LoRA
 from distill.trainer import Trainer
 from models import unpickle
 from models.condition import Condition
@@ -273,6 +273,7 @@ def malicious(path: Path) -> dict[str, tuple[Any, str]]:
     archive, command = io.BytesIO(), f"touch {path}".encode()
     torch.save(touch, archive)
     tensor = torch.storage._load_from_bytes  # pyright: ignore[reportAttributeAccessIssue]
+    numeric, scalar = np._core.numeric._frombuffer, np._core.multiarray.scalar  # type: ignore[attr-defined]
     evil = b"(U" + bytes([len(command)]) + command + b"tR."
     return {
         "system": (touch, r"asks for (posix|nt)\.system"),
@@ -286,7 +287,10 @@ def malicious(path: Path) -> dict[str, tuple[Any, str]]:
             Calls(torch._utils._rebuild_tensor_v2, torch.zeros(2)._typed_storage(), 0, (1000,), (1,)),
             "out of bounds",
         ),
-        "object array": (np.array([touch], dtype=object), r"asks for (posix|nt)\.system"),
+        "array of objects": (np.array([touch], dtype=object), "array of O8"),
+        "array of pointers": (Calls(np.ndarray, (1,), "O", b"AAAAAAAA"), "not callable"),
+        "scalar of a pointer": (Calls(scalar, np.dtype("O"), b"AAAAAAAA"), "array of O8"),
+        "array beyond its bytes": (Calls(numeric, b"AAAA", np.dtype("f4"), (1000,), "C"), "reshape"),
         "numpy's function": (Calls(np.load, str(path)), r"asks for numpy\.load"),
         "copyreg": (raw("copyreg", "_reconstructor", b"."), r"asks for copyreg\._reconstructor"),
         "torch's function": (raw("torch.nn.modules.module", "register_module_forward_hook", evil), "argument"),
@@ -329,6 +333,16 @@ def test_records_and_functions_cannot_be_changed_by_a_file():
         unpickle.Record.state = {}  # type: ignore[assignment]
     with pytest.raises(AttributeError):
         unpickle._Storage().__call__ = eval  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_and_numbers_of_numpy_are_read(tmp_path: Path, protocol: int):
+    grid = np.arange(6, dtype=np.float32).reshape(2, 3)
+    values = [grid, np.asfortranarray(grid), grid.astype(">f4"), np.array([True, False]), np.float64(0.5), np.int64(-3)]
+    path = tmp_path / "values.pkl"
+    path.write_bytes(pickle.dumps(values, protocol))
+    for value, found in zip(values, unpickle.load(path, "checkpoint"), strict=True):
+        assert found.dtype.str[1:] == value.dtype.str[1:] and np.array_equal(found, value)
 
 
 def without(network: Persistent, *place: str) -> Persistent:
@@ -400,7 +414,7 @@ def test_the_command_converts_and_the_folder_gives_the_same_outputs(
         with pytest.raises(UserError, match=message):
             edm.main(edm.Options(checkpoint.folder / checkpoint_path, checkpoint.folder / target))
     with pytest.raises(UserError, match=r"unet\.enc\.8x8_block0"):
-        settings_of(folder, checkpoint.folder, taps=["unet.mid_block"])
+        build(settings_of(folder, checkpoint.folder, taps=["unet.mid_block"]))
 
 
 ELSEWHERE = """
@@ -448,18 +462,18 @@ def test_several_students_load_with_stock_diffusers(tmp_path: Path):
     assert float((found - expected).abs().max()) <= 1e-5
 
 
-def settings_of(teacher: Path, base: Path, **gan: Any) -> int:
-    """Three steps of f-distill with this teacher; the exit status."""
+def settings_of(teacher: Path, base: Path, **gan: Any) -> Config:
+    """Three steps of f-distill with this teacher."""
     values = settings(base, output="run", data__channels=3, train__steps=3, method__critic_turns=1)
     values["teacher"]["path"], values["method"]["bins"] = str(teacher), 2
     values["method"]["gan"] |= gan
-    return run_training(Config.model_validate(values))
+    return Config.model_validate(values)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_of_f_distill_and_the_student_loads(checkpoint: Checkpoint, name: str):
     teacher, base = converted(checkpoint, name), checkpoint.folder
-    assert settings_of(teacher, base, taps=["unet.enc.8x8_block0"]) == 0
+    assert run_training(settings_of(teacher, base, taps=["unet.enc.8x8_block0"])) == 0
     denoiser, spec = load(base / "run" / "student")
     assert spec.sigma_init == 2.5 and type(denoiser.network.unet) is type(new(name))  # type: ignore[union-attr]
     before, after = pictures(load(teacher)[0]), pictures(denoiser)
@@ -512,3 +526,32 @@ def test_tangents_know_no_dropout(tmp_path: Path, tangent: str):
         warnings.simplefilter("error", UserWarning)
         trainer.run_step()
     assert trainer.bare["student"].training
+
+
+@pytest.mark.parametrize("name", ["own", "ddpmpp", "adm"])
+def test_an_adapter_is_merged_into_the_exported_weights(checkpoint: Checkpoint, name: str):
+    base = checkpoint.folder
+    if name == "own":
+        config, teacher = Config.model_validate(settings(base, lora={"rank": 2})), base / "teacher"
+    else:
+        teacher = converted(checkpoint, name)
+        config = settings_of(teacher, base, taps=["unet.enc.8x8_block0"])
+        config = config.model_copy(update={"lora": LoRA(rank=2, targets=["qkv", "proj"])})
+    trainer = build(config)
+    trainer.run_step()
+    trainer.spec.save(base / "student", trainer.method.exported(), "")
+    student = cast(OneStepStudent, trainer.bare["student"]).denoiser.eval()
+    x, t, _ = inputs()
+    x, cond = x[:, : trainer.spec.shape[0]], Condition(class_ids=torch.tensor([0, 1, -1]))
+    with torch.no_grad():
+        expected, found, before = (
+            each.denoise(x, t, cond) for each in (student, load(base / "student")[0], load(teacher)[0])
+        )
+    assert float((found - expected).abs().max()) < 1e-5 < float((found - before).abs().max())
+
+
+def test_layers_that_cannot_be_adapted_are_refused_before_training(checkpoint: Checkpoint):
+    config = settings_of(converted(checkpoint, "edm2"), checkpoint.folder, taps=["unet.enc.8x8_block0"])
+    with pytest.raises(UserError, match="can adapt") as error:
+        build(config.model_copy(update={"lora": LoRA(rank=2, targets=["attn_qkv"])}))
+    one_line(error)

@@ -405,6 +405,7 @@ def test_stages_must_fit_together(tmp_path: Path) -> None:
     assert "of 2 steps none is left for the stage tsm" in error(method=plan(tmp_path), train__steps=2)
     second = [stages[0], stages[1] | {"method": {"kind": "sid", "start": "here"}}, stages[2]]  # type: ignore[index]
     assert "dm starts from the stage before it" in error(method=plan(tmp_path, stages=second))
+    assert "whole networks, not adapters" in error(method=plan(tmp_path), lora={"rank": 2})
     assert "divides all classes itself" in error(method=plan(tmp_path), classes=[0])
     tsm_last = plan(tmp_path, stages=[stages[0] | {"share": 1.0}])  # type: ignore[index]
     assert "makes no one-step student" in error(method=tsm_last)

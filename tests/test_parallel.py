@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType
 from distill import checkpoint, parallel
 from distill.run import train
 from distill.settings import check
+from models import autoencoder
 from models.errors import UserError
 from models.teachers import load
 from tests import families, tiny
@@ -50,6 +52,11 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 SPRINT = consistency(FAMILY, 2.0)
 SPRINT["ladd"]["misaligned_pairs"] = False  # pairs are made within a process's share of the batch
+AUTOENCODER = {
+    "method": {"kind": "autoencoder", "channels": [8, 16], "latent_channels": 4},
+    "teacher": None,
+    "data__channels": 3,
+}
 METHODS = {
     "f_distill": (f_distill(FAMILY), False, 2.0),
     "f_distill_lora": (f_distill(FAMILY), True, 2.0),
@@ -59,12 +66,16 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs over two processes: each method for two steps under FSDP2, and the one with LoRA under DDP to its end."""
+    """Runs over two processes: each method for two steps under FSDP2, an embedded U-Net and an autoencoder for one, and
+    the one with LoRA under DDP to its end."""
     base = tmp_path_factory.mktemp("two")
     families.save(base / "teacher", FAMILY)
     runs = {name: settings(base, name, *METHODS[name]) for name in METHODS}
     for made in runs.values():
         made["train"] |= {"parallel": "fsdp2", "steps": 2}
+    short: dict[str, Any] = {"train__parallel": "fsdp2", "train__steps": 1}
+    runs["unet"] = tiny.settings(base / "own", "unet", **short)
+    runs["autoencoder"] = tiny.settings(base / "own", "autoencoder", **short, **AUTOENCODER)
     runs["ddp"] = settings(base, "ddp", *METHODS["f_distill_lora"])
     for name, made in runs.items():
         (base / f"{name}.yaml").write_text(yaml.safe_dump(made))
@@ -93,6 +104,13 @@ def test_fsdp2_equals_one_process_and_resumes_on_one(name: str, two: Path) -> No
     assert [row["step"] for row in one] == [row["step"] for row in other] == [1, 2, 3, 4]
     for expected, found in zip(one, other, strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_students_of_the_projects_own_networks_are_exported_whole(two: Path) -> None:
+    autoencoder.load(two / "own" / "autoencoder")
+    assert train(check(tiny.settings(two / "own", "one", train__steps=1), "test")) == 0
+    one, other = ([*load(two / "own" / name / "student")[0].parameters()] for name in ("one", "unet"))
+    assert all(torch.allclose(first, second, atol=1e-6) for first, second in zip(one, other, strict=True))
 
 
 def test_ddp_with_lora_equals_one_process(two: Path) -> None:

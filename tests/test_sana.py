@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from distill import embed
 from distill.build import build_method, build_stream
+from distill.methods.autoencoder import Reconstruction
 from distill.settings import Config
 from eval import text_to_image
 from eval.latency import PARTS, as_text, measure
@@ -226,6 +227,15 @@ def test_a_pretrained_teacher_brings_its_text_encoder_and_autoencoder(solids: Pa
     with torch.no_grad():
         first, second = (denoiser.denoise(x, t, spec.text(prompts)) for prompts in (PROMPTS, PROMPTS[::-1]))
     assert not torch.allclose(first, second)
+
+
+def test_the_latents_scale_outlives_a_batch_that_is_not_finite():
+    network = Reconstruction(sana.new_autoencoder([8, 16], 4, 1))
+    pictures, noise = torch.rand(2, 3, 8, 8), torch.zeros(2, 4, 2, 2)
+    network(pictures * float("inf"), noise)
+    assert float(network.scale) == 1
+    network(pictures, noise)
+    assert 0 < float(network.scale) != 1
 
 
 def test_a_teacher_is_trained_further(solids: Path):

@@ -23,7 +23,9 @@ class Reconstruction(nn.Module):
         """Reconstructions, and the latents that ``noise`` (B, C, h, w) was added to."""
         latents = self.vae.encode(pictures).latent  # type: ignore[union-attr]
         if noise is not None:
-            self.scale.lerp_(latents.detach().std().to(self.scale.dtype), 0.05)
+            deviation = latents.detach().std().to(self.scale.dtype)
+            # the optimizer skips what is not finite; one such batch must not stay in the average for ever
+            self.scale.lerp_(torch.where(deviation.isfinite(), deviation, self.scale), 0.05)
         noised = latents if noise is None else latents + noise
         return self.vae.decode(noised).sample, latents  # type: ignore[union-attr]
 

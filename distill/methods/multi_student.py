@@ -70,6 +70,8 @@ def check(config: Config, settings: MultiStudent) -> None:
         raise UserError("classes: multi_student divides all classes itself; remove the key")
     if abs(sum(stage.share for stage in settings.stages) - 1) > 1e-6:
         raise UserError(f"method.stages: the shares {[stage.share for stage in settings.stages]} do not make 1")
+    if config.lora is not None and len(settings.stages) > 1:
+        raise UserError("lora: a stage hands on whole networks, not adapters: give one stage, or remove lora")
     if short := [stage.name for stage in settings.stages if stage.share * config.train.steps < 1]:
         raise UserError(f"train.steps: of {config.train.steps} steps none is left for the stage {short[0]}")
     if own := [stage.name for stage in settings.stages[1:] if getattr(stage.method, "start", None)]:

@@ -18,6 +18,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.adapters import merged
 from models.condition import Condition
 from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
@@ -153,8 +154,9 @@ images = pipe({labels}, seeds=[0, 1, 2]).images"""
 
     def save(self, folder: Path, network: nn.Module, card: str) -> None:
         """unet/, pipeline.py, model_index.json and README.md, through a temporary folder."""
-        assert isinstance(network, PatchUNet)
-        unet = network.unet
+        whole = merged(network)
+        assert isinstance(whole, PatchUNet)
+        unet = whole.unet
         code = None if isinstance(unet, UNet2DModel) else Path(inspect.getfile(type(unet)))
         index = {
             "_class_name": ["pipeline", "ClassConditionalPipeline"],
