@@ -185,6 +185,17 @@ def test_rendering_takes_what_is_foreseen(sizes: FieldSizes, views: int, size: i
         assert live.peak <= foreseen < most * live.peak, foreseen / live.peak
 
 
+@pytest.mark.parametrize("sizes", KINDS, ids=lambda s: s.kind)
+def test_fields_are_drawn_in_float32_beside_a_teacher_in_bfloat16(sizes: FieldSizes):
+    torch.manual_seed(0)
+    fields = Fields([sizes.new(Box(), Blob())], Plain((1.0, 1.0, 1.0)), samples=8)
+    views = Views.plain([Camera(30)], 0, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = fields(views).images
+    images.square().mean().backward()
+    assert torch.equal(images, fields(views).images)
+
+
 def test_pictures_without_a_gradient_are_marched_in_parts(monkeypatch: pytest.MonkeyPatch):
     """Of a few rays each, whatever their number; the pictures are the same."""
     torch.manual_seed(0)

@@ -52,7 +52,8 @@ class Blob:
 
 
 class Field(nn.Module, ABC):
-    """``field(points)``: density (N,), 1 / world unit and not negative, and RGB (N, 3) in [0, 1], at points (N, 3)."""
+    """``field(points)``: density (N,), 1 / world unit and not negative, and RGB (N, 3) in [0, 1], at points (N, 3);
+    never in bfloat16."""
 
     def __init__(self, box: Box, blob: Blob):
         super().__init__()
@@ -64,7 +65,8 @@ class Field(nn.Module, ABC):
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self.box.scaled(points)
-        raw = self.raw(scaled)
+        with torch.autocast(points.device.type, enabled=False):
+            raw = self.raw(scaled)
         return F.softplus(raw[:, 0] + self.blob(scaled)) / self.box.half, torch.sigmoid(raw[:, 1:])
 
     def density(self, points: Tensor) -> Tensor:
