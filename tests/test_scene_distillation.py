@@ -1,6 +1,7 @@
 """VSD against its closed forms: exact scores, the critic, and a teacher that is known exactly."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -28,13 +29,22 @@ def gradient(fake: str, particles: int, weights: tuple[float, float] = (1.0, 0.0
     fields = new_fields(particles)
     loss, _ = distillation(fake, fields, particles, weights=weights).student_loss(Turn(0, Draws([3, 4]), None))
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in fields.parameters() if p.grad is not None])
+    return torch.cat([cast(Tensor, p.grad).flatten() for p in fields.parameters()])
 
 
 def test_exact_vsd_of_one_particle_is_sds():
     """The score of a single particle is that of its own sample, bit for bit; of two it is not."""
     assert torch.equal(gradient("noise", 1), gradient("exact", 1))
     assert not torch.equal(gradient("noise", 2), gradient("exact", 2))
+
+
+def test_every_particle_has_a_gradient_whichever_are_drawn():
+    """As DDP needs it; of those that no view drew it is zero."""
+    fields = new_fields(3)
+    loss, _ = distillation("noise", fields, 3).student_loss(Turn(0, Draws([3]), None))
+    loss.backward()
+    norms = [sum(float(cast(Tensor, p.grad).norm()) for p in field.parameters()) for field in fields.all()]
+    assert sorted(norm > 0 for norm in norms) == [False, False, True]
 
 
 def test_in_pixels_sds_is_the_same_in_latents_and_in_pictures():
