@@ -18,6 +18,7 @@ from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.discriminator import feature_channels
 from models.errors import UserError
+from models.folders import replace_text
 from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
 from models.scene.captions import SEEN, VIEWS
@@ -43,9 +44,16 @@ def folder(config: Config) -> Path:
     return config.output / slug(config.method.prompt)
 
 
+def check(config: Config) -> None:
+    """UserError for settings that scenes have no use for."""
+    if config.evaluation.num_images:
+        raise UserError("evaluation.num_images: `python -m eval.scene` judges scenes: set it to 0")
+
+
 def runs(config: Config, settings: Settings) -> list[Config]:
     """One run for each stage, in order; each starts from the one before and knows of no other stage, so that what comes
-    later can be changed without training anew."""
+    later can be changed without training anew. The scene's files alone are uploaded."""
+    check(config)
     plan: list[Config] = []
     done, share = 0, 0.0
     for stage in settings.stages:
@@ -61,6 +69,7 @@ def runs(config: Config, settings: Settings) -> list[Config]:
             "student": stage.student or config.student,
             "critic": stage.critic or config.critic,
             "train": config.train.model_copy(update={"steps": steps}),
+            "push_to_hub": None,
         }
         plan.append(config.model_copy(update=changes))
     return plan
@@ -210,8 +219,8 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tup
     return Geometry(fields, levels, stage.tetrahedra, stage.picture), fields.samples
 
 
-def write_files(config: Config, settings: Settings) -> None:
-    """The scene's files, from the last stage that has run."""
+def write_files(config: Config, settings: Settings) -> Path:
+    """The scene's files with the card of the last stage that has run, which they are made from; their folder."""
     from models.scene.export import Sizes, export
     from models.scene.surface import Picture
 
@@ -219,5 +228,8 @@ def write_files(config: Config, settings: Settings) -> None:
     last = cast(Settings, done[-1].method)
     picture: Picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
     output = folder(config) / "student"
-    export(done[-1].output / "student", output, Sizes(**settings.export.model_dump()), picture)
+    stage = done[-1].output / "student"
+    export(stage, output, Sizes(**settings.export.model_dump()), picture)
+    replace_text(output / "README.md", (stage / "README.md").read_text())
     print(f"scene: {output}")
+    return output

@@ -221,7 +221,9 @@ def train_scene(config: Config, settings: SceneDistillation) -> int:
         if wanted and not _finished(run) and (status := train(run)):
             return status
     if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
-        build_scene.write_files(config, settings)
+        files = build_scene.write_files(config, settings)
+        if config.push_to_hub is not None:
+            print(f"uploaded: {upload(files, config.push_to_hub)}")
     return 0
 
 

@@ -115,6 +115,31 @@ def test_a_run_is_judged_from_its_folder(base: Path):
     assert found["glb_psnr"] > 20 and found["prompt"] == "a red cube" and (base / "report/report.html").is_file()
 
 
+def test_the_files_are_uploaded_once_and_no_stage(base: Path, monkeypatch: pytest.MonkeyPatch):
+    made = yaml.safe_load((base / "whole.yaml").read_text()) | {"push_to_hub": "somebody/scene"}
+    config = check(made, "test")
+    assert isinstance(config.method, Settings)
+    assert {run.push_to_hub for run in build_scene.runs(config, config.method)} == {None}
+    uploaded: list[tuple[Path, str]] = []
+    monkeypatch.setattr("distill.run.check_token", lambda repo: None)
+    monkeypatch.setattr("distill.run.upload", lambda folder, repo: uploaded.append((folder, repo)))
+    assert train_here(config) == 0
+    assert uploaded == [(base / "whole/a-red-cube/student", "somebody/scene")]
+    assert "license:" in (base / "whole/a-red-cube/student/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("evaluation.num_images", {"evaluation": {"num_images": 100}}),
+    ],
+)
+def test_settings_that_scenes_have_no_use_for_are_named(key: str, change: dict[str, Any], tmp_path: Path):
+    config = check(values(tmp_path, tmp_path / "teacher", "run") | change, "test")
+    with pytest.raises(UserError, match=f"^{key}: "):
+        train_here(config)
+
+
 KILLED = """
 import os, signal, sys
 from distill.train import main
