@@ -79,7 +79,7 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, Path | None, Pat
         raise UserError("there is no folder for runs: name one with --run")
     output = library.roots[0][1] / "scenes"
     line = [sys.executable, str(ROOT / "distill/train.py"), "--config", str(ROOT / CONFIG)]
-    line += [f"--method.prompt={prompt}", f"--output={output}"]
+    line += [f"--prompt={prompt}", f"--output={output}"]
     since = time.time()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)

@@ -6,6 +6,7 @@
 import argparse
 import copy
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -961,7 +962,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--prompt")
     known, rest = parser.parse_known_args(argv)
     if known.prompt is not None:
-        rest = ["--method.prompt", known.prompt, *rest]
+        rest = ["--method.prompt", json.dumps(known.prompt, ensure_ascii=False), *rest]  # whatever YAML makes of it
     if known.help:
         show_help(known.config)
         sys.exit(0)

@@ -148,6 +148,14 @@ def test_overrides_are_read_as_yaml(base: Path):
     assert config.method.kind == "f_distill" and len(config.method.gan.taps) == 2
 
 
+@pytest.mark.parametrize(
+    "prompt", ["a chair #1 of its kind", "a cat: asleep", "no", "123", '\'tis [a] "cube" 🧊', "null"]
+)
+def test_a_prompt_is_taken_as_it_is(prompt: str):
+    config, _ = parse(["--config", str(ROOT / "configs/solids/vsd_3d.yaml"), f"--prompt={prompt}"])
+    assert config.model_dump()["method"]["prompt"] == prompt
+
+
 def test_a_bare_no_is_a_precision_and_not_a_false(base: Path):
     config, _ = parse(["--config", str(base / "run.yaml"), "--train.mixed_precision", "no"])
     assert config.train.mixed_precision == "no"
