@@ -163,7 +163,7 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
                 elem_id="turntable",
             )
             with gr.Accordion("A new scene", open=not names):
-                prompt = gr.Textbox(label="Prompt", value="a photo of a red cube", elem_id="scene-prompt")
+                prompt = gr.Textbox(label="Prompt", value="a red cube", elem_id="scene-prompt")
                 with gr.Row():
                     start = gr.Button("Train it", variant="primary", elem_id="scene-train")
                     stop = gr.Button("Stop and save", elem_id="scene-stop")

@@ -79,7 +79,7 @@ def scene_of(settings: Settings) -> saved.Scene:
     """The part of the settings that a scene's folder remembers."""
     return saved.Scene(
         prompt=settings.prompt,
-        sentence=settings.template.format(settings.prompt),
+        sentence=settings.sentence,
         particles=settings.particles,
         orbit=Orbit(**settings.cameras.model_dump(exclude={"view_words"})),
         box=Box(settings.box_centre, settings.box_half),
@@ -109,11 +109,7 @@ def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condi
     other, its_spec = load(path)
     if not isinstance(its_spec, TextSpec) or its_spec.shape != spec.shape:
         raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
-    return LoRACritic(other.requires_grad_(False), its_spec.text([prompt_text(settings)]), settings.critic.rank)
-
-
-def prompt_text(settings: Settings) -> str:
-    return settings.template.format(settings.prompt)
+    return LoRACritic(other.requires_grad_(False), its_spec.text([settings.sentence]), settings.critic.rank)
 
 
 def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:

@@ -734,7 +734,7 @@ class SceneDistillation(Schema):
     prompt: str = Field(min_length=1)
     """What to make; --prompt for short."""
     template: str = "{}"
-    """Sentence that the prompt is put into for the teacher."""
+    """Sentence that the prompt is put into for the teacher; words before {} that the prompt has too are not doubled."""
     particles: int = Field(default=1, gt=0)
     """Fields that are trained together, with one critic."""
     cameras: SceneCameras = SceneCameras()
@@ -765,6 +765,11 @@ class SceneDistillation(Schema):
     """Run folder of the stage before; set in the folders of stages."""
     export: SceneExport = SceneExport()
     """The files made at the end."""
+
+    @property
+    def sentence(self) -> str:
+        """What the teacher is asked for."""
+        return self.template.replace("{}", self.prompt.removeprefix(self.template.partition("{}")[0]))
 
     @model_validator(mode="after")
     def _order(self) -> Self:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from distill import train as entry
-from distill.settings import Config, parse, read_config
+from distill.settings import Config, SceneDistillation, parse, read_config
 from models.errors import UserError
 from tests.tiny import ROOT, settings, train, write_settings
 
@@ -154,6 +154,20 @@ def test_overrides_are_read_as_yaml(base: Path):
 def test_a_prompt_is_taken_as_it_is(prompt: str):
     config, _ = parse(["--config", str(ROOT / "configs/solids/vsd_3d.yaml"), f"--prompt={prompt}"])
     assert config.model_dump()["method"]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "sentence"),
+    [
+        ("a photo of {}", "a red cube", "a photo of a red cube"),
+        ("a photo of {}", "a photo of a red cube", "a photo of a red cube"),
+        ("{} in {style}", "a cube", "a cube in {style}"),
+    ],
+)
+def test_a_prompt_is_put_into_its_template_once(template: str, prompt: str, sentence: str):
+    line = ["--config", str(ROOT / "configs/solids/vsd_3d.yaml"), f"--method.template={template}"]
+    config, _ = parse([*line, f"--prompt={prompt}"])
+    assert isinstance(config.method, SceneDistillation) and config.method.sentence == sentence
 
 
 def test_a_bare_no_is_a_precision_and_not_a_false(base: Path):
