@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from models.scene.mesh import Mesh, lattice, marching_tetrahedra, outer_hull, te
 from models.scene.raster import Raster, rasterise
 from models.scene.solids import unit_sdf
 from models.scene.surface import find_threshold, surface
+from models.scene.volume import Occupancy
 
 
 def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
@@ -26,10 +27,9 @@ def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
     return marching_tetrahedra(places, places.norm(dim=1) - radius, tetrahedra(cells))
 
 
-def scene(strength: float = 40.0) -> saved.Scene:
-    return saved.Scene(
-        "a ball", "a ball", 1, Orbit(radius=(4.0, 4.0)), Box(), Blob(strength, 0.5), FieldSizes(side=8), "white", 48
-    )
+def scene(strength: float = 40.0, half: float = 1.0) -> saved.Scene:
+    orbit, box = Orbit(radius=(4.0 * half, 4.0 * half)), Box(half=half)
+    return saved.Scene("a ball", "a ball", 1, orbit, box, Blob(strength, 0.5), FieldSizes(side=8), "white", 48)
 
 
 def test_creases_like_flat_sides_with_sharp_edges_better_than_round_ones():
@@ -215,12 +215,16 @@ def test_nvdiffrast_is_asked_for_the_same_picture(camera: Camera, monkeypatch: p
     assert torch.equal(rasterise(shape, values, camera, 32, smooth=False).faces, faces)  # not taken on a CPU
 
 
-def test_threshold_and_surface_fit_the_rendered_blob():
+@pytest.mark.parametrize("half", [0.1, 1.0, 20.0])
+def test_threshold_and_surface_fit_the_rendered_blob(half: float):
+    """In boxes of any size, with their empty cells left out."""
     torch.manual_seed(0)
-    fields = scene().new()
-    level = find_threshold(fields, 0, scene().orbit, cells=24, views=3, size=32)
+    fields = scene(half=half).new()
+    fields.prepare(fields.update_every)
+    assert 0.05 < float(cast(Occupancy, fields.occupancy[0]).cells.float().mean()) < 0.5
+    level = find_threshold(fields, 0, scene(half=half).orbit, cells=24, views=3, size=32)
     mesh = surface(fields.particle(0), 32, level)
-    assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) < 0.6
+    assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) / half < 0.6
 
 
 def test_an_empty_field_says_what_to_change():

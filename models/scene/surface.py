@@ -61,7 +61,7 @@ def find_threshold(fields: Fields, index: int, orbit: Orbit, cells: int = 48, vi
     places = lattice(cells).to(device)
     grid = tetrahedra(cells).to(device)
     best, score = 0.0, 0.0
-    for threshold in torch.logspace(-0.5, 1.75, 10).tolist():
+    for threshold in (torch.logspace(-0.5, 1.75, 10) / field.box.half).tolist():
         distance, peak = distances(field, cells, threshold)
         mesh = marching_tetrahedra(places, distance, grid)
         if not len(mesh.faces):
@@ -72,8 +72,8 @@ def find_threshold(fields: Fields, index: int, orbit: Orbit, cells: int = 48, vi
         if overlap > score:
             best, score = threshold, overlap
     if score == 0.0:
-        distance, peak = distances(field, cells, 1.0)
-        check_not_empty(Mesh(places[:0], grid[:0, :3]), 1.0, peak)
+        distance, peak = distances(field, cells, 1 / field.box.half)
+        check_not_empty(Mesh(places[:0], grid[:0, :3]), 1 / field.box.half, peak)
     return best
 
 

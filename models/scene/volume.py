@@ -15,7 +15,8 @@ CHUNK = 1 << 18
 
 
 class Occupancy(nn.Module):
-    """Which cells of a box may hold something: a moving maximum of the density in a grid of ``side``^3 cells.
+    """Which cells of a box may hold something: a moving maximum of the density in a grid of ``side``^3 cells, above
+    ``threshold``, 1 / half a side of the box.
 
     All of its state are buffers, its random points a function of how often it was updated.
     """
@@ -26,7 +27,7 @@ class Occupancy(nn.Module):
 
     def __init__(self, box: Box, side: int = 32, threshold: float = 0.5, decay: float = 0.9):
         super().__init__()
-        self.box, self.side, self.threshold, self.decay = box, side, threshold, decay
+        self.box, self.side, self.threshold, self.decay = box, side, threshold / box.half, decay
         self.register_buffer("peak", torch.zeros(side, side, side))
         self.register_buffer("cells", torch.ones(side, side, side, dtype=torch.bool))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
