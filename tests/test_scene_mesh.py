@@ -227,6 +227,13 @@ def test_threshold_and_surface_fit_the_rendered_blob(half: float):
     assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) / half < 0.6
 
 
+def test_a_hollow_scene_keeps_its_inner_walls():
+    torch.manual_seed(0)
+    mesh = surface(scene(-40.0).new().particle(0), 32, 2.0)
+    inner = mesh.vertices.norm(dim=1).min()
+    assert 0.4 < float(inner) < 0.6 and 6 < float(mesh.volume()) < 8 - 4 / 3 * math.pi * float(inner) ** 3
+
+
 def test_an_empty_field_says_what_to_change():
     fields = scene(strength=-40.0).new()
     with torch.no_grad():

@@ -21,7 +21,7 @@ Picture = Literal["colour", "shaded", "normals"]
 
 def distances(field: Field, cells: int, threshold: float) -> tuple[Tensor, float]:
     """About signed distances, in cells and within [-1, 1], at :func:`lattice`'s places: negative where the density is
-    above ``threshold``, and in the hollows that it encloses. Also the highest density.
+    above ``threshold``, and in the hollows that it encloses, but for a scene that is one. Also the highest density.
 
     On fine lattices an average over up to three neighbours is taken of ``1 - 2^(-density / threshold)``: densities are
     striped, what can be seen through is not.
@@ -33,14 +33,16 @@ def distances(field: Field, cells: int, threshold: float) -> tuple[Tensor, float
         occupied = F.avg_pool3d(F.pad(occupied, (1,) * 6, mode="replicate"), 3, 1)
     distance = 1 - 2 * occupied[0, 0]
     solid = distance < 0
-    distance = torch.where(outer_hull(solid) & ~solid, -1.0, distance)
+    if field.blob.strength >= 0:
+        distance = torch.where(outer_hull(solid) & ~solid, -1.0, distance)
     for axis in range(3):  # what reaches the box's border is closed there
         distance.movedim(axis, 0)[[0, -1]] = distance.movedim(axis, 0)[[0, -1]].clamp(min=0.05)
     return distance.flatten(), float(density.max())
 
 
 def surface(field: Field, cells: int, threshold: float) -> Mesh:
-    """The field's outer surface at a density, world units; UserError if there is none."""
+    """The field's surface at a density, world units, from outside alone but for a hollow scene's; UserError if there is
+    none."""
     distance, peak = distances(field, cells, threshold)
     places = lattice(cells).to(distance.device)
     mesh = marching_tetrahedra(places, distance, tetrahedra(cells).to(distance.device))
