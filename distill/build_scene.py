@@ -107,9 +107,20 @@ def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condi
     if path is None:
         return LoRACritic(teacher, prompt, settings.critic.rank)
     other, its_spec = load(path)
-    if not isinstance(its_spec, TextSpec) or its_spec.shape != spec.shape:
+    if not isinstance(its_spec, TextSpec) or not _same_latents(spec, its_spec):
         raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
-    return LoRACritic(other.requires_grad_(False), its_spec.text([settings.sentence]), settings.critic.rank)
+    prompt = its_spec.text([settings.sentence])
+    return LoRACritic(other.requires_grad_(False), prompt, settings.critic.rank, teacher.process)
+
+
+@torch.no_grad()
+def _same_latents(one: TextSpec, other: TextSpec) -> bool:
+    """Whether both encode a picture alike, to within 1 %."""
+    if one.picture != other.picture or one.shape != other.shape:
+        return False
+    picture = Draws([0]).normal(*one.picture).clamp(-1, 1)
+    x0, its_x0 = one.encode(picture), other.encode(picture)
+    return float((its_x0 - x0).norm()) < 0.01 * float(x0.norm())
 
 
 def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:

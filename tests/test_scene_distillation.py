@@ -1,6 +1,7 @@
 """VSD against its closed forms: exact scores, the critic, and a teacher that is known exactly."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -13,6 +14,7 @@ from distill.methods.scene_distillation import Prompts
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError
+from models.process import EDM, expand_to
 from models.scene import captions, solids
 from models.scene.cameras import Camera, camera_to_world
 from models.scene.critic import LoRACritic
@@ -108,6 +110,16 @@ def test_the_critic_starts_as_the_teacher_and_every_matrix_moves(tmp_path_factor
     assert {"camera.0.weight", "camera.2.bias"} < set(critic.state_dict())
     front, side = (replace(cond, camera=cond.camera[[i, i]]) for i in (0, 1))  # type: ignore[index]
     assert not torch.allclose(critic(x, t, front), critic(x, t, side))
+
+
+def test_a_critic_of_another_process_is_asked_at_the_same_noise(tmp_path: Path):
+    denoiser, spec = load(save_sana(tmp_path / "sana"))
+    assert isinstance(spec, SanaSpec)
+    critic = LoRACritic(denoiser, spec.text(["a cube"]), rank=2, process=EDM())
+    cond = replace(spec.text(["a red cube"] * 2), camera=camera_to_world([Camera(), Camera(90)]).flatten(1))
+    x, t = torch.randn(2, *spec.shape), torch.tensor([0.3, 0.7])
+    its_x, its_t = x / expand_to(denoiser.process.alpha(t), x), denoiser.process.ratio(t)
+    torch.testing.assert_close(critic(its_x, its_t, cond), denoiser.denoise(x, t, spec.text(["a cube"] * 2)))
 
 
 def test_the_trained_critic_approaches_the_exact_score():

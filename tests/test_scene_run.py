@@ -309,6 +309,20 @@ def test_unknown_words_for_views_are_named(base: Path):
         build_scene.build_stage(config, config.method)  # type: ignore[arg-type]
 
 
+def test_a_critic_of_other_latents_is_refused(base: Path, tmp_path: Path):
+    """Whose shape is the same; a network of another size in the same ones may be adapted."""
+    for name, seed, depth in (("deeper", 0, 3), ("other", 1, 2)):
+        save_sana(tmp_path / name, depth=depth, seed=seed)
+        config = check(values(tmp_path, base / "teacher", name, critic={"path": str(tmp_path / name)}), "test")
+        assert isinstance(config.method, Settings)
+        run = build_scene.runs(config, config.method)[0]
+        if name == "other":
+            with pytest.raises(UserError, match=r"method\.critic\.path: .*other latents"):
+                build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
+        else:
+            build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
+
+
 def test_what_the_files_need_is_said_before_training(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     config, _ = parse(["--config", str(write(base, base / "teacher", "unready"))])
