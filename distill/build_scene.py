@@ -46,6 +46,12 @@ def folder(config: Config) -> Path:
 
 def check(config: Config) -> None:
     """UserError for settings that scenes have no use for."""
+    if config.data.kind != "conditions_only":
+        raise UserError("data.kind: scene_distillation learns from its teacher alone: choose conditions_only")
+    if config.teacher is not None and config.teacher.cache is not None:
+        raise UserError("teacher.cache: a scene's few prompts are encoded once anyway: remove the key")
+    if config.lora is not None:
+        raise UserError("lora: a scene is no network; its critic's adapters are method.critic.rank: remove the key")
     if config.evaluation.num_images:
         raise UserError("evaluation.num_images: `python -m eval.scene` judges scenes: set it to 0")
 
@@ -132,6 +138,11 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     if not isinstance(spec, TextSpec):
         raise UserError("method.kind: scene_distillation needs a teacher that is asked for prompts")
     assert config.teacher is not None
+    if not spec.guidable and stage.guidance not in (None, 1.0):
+        raise UserError(
+            f"method.stages.{stage.name}.guidance: {config.teacher.path} is a distilled teacher without an "
+            "unconditional answer: give 1"
+        )
     teacher = denoiser.requires_grad_(False)
     scene = scene_of(settings)
     prompts = prompts_of(settings, scene.sentence, spec)

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 
 from distill import build_scene
 from distill.methods.scene_distillation import SceneDistillation
-from distill.run import dry_run
+from distill.run import build, dry_run
 from distill.run import train as train_here
 from distill.settings import Config, check, parse
 from distill.settings import SceneDistillation as Settings
+from distill.trainer import Trainer
 from eval.scene import Options
 from models.errors import UserError
 from models.scene.memory import SHARE, rendering_bytes
 from models.scene.particles import Fields
 from models.scene.saved import SceneSpec
+from models.teachers.sana import SanaSpec
 from tests import families
 from tests.tiny import ROOT, environment, save_sana, train
 
@@ -82,6 +84,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trainer_of(config: Config, stage: int = 0) -> Trainer:
+    """Of one stage, with nothing on disk but the folder."""
+    assert isinstance(config.method, Settings)
+    run = build_scene.runs(config, config.method)[stage]
+    run.output.mkdir(parents=True, exist_ok=True)
+    return build(run)
+
+
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """The last checkpoint's networks."""
     last = max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -131,6 +141,9 @@ def test_the_files_are_uploaded_once_and_no_stage(base: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("key", "change"),
     [
+        ("data.kind", {"data": {"kind": "precomputed", "path": "anywhere"}}),
+        ("teacher.cache", {"teacher": {"path": "anything", "cache": "anywhere"}}),
+        ("lora", {"lora": {"rank": 8}}),
         ("evaluation.num_images", {"evaluation": {"num_images": 100}}),
     ],
 )
@@ -238,8 +251,6 @@ def test_other_rows_of_the_table_make_scenes_too(base: Path, kind: str):
     stage = type(stage).model_validate(stage.model_dump() | {"matching": matching})
     method = config.method.model_copy(update={"stages": [stage], "stage": "volume"})
     config = config.model_copy(update={"method": method, "output": base / kind})
-    from distill.run import build
-
     trainer = build(config)
     trainer.config.output.mkdir()
     before = {key: value.clone() for key, value in trainer.bare["student"].state_dict().items()}
@@ -321,6 +332,14 @@ def test_a_critic_of_other_latents_is_refused(base: Path, tmp_path: Path):
                 build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
         else:
             build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
+
+
+def test_a_stage_cannot_guide_a_distilled_teacher(base: Path, monkeypatch: pytest.MonkeyPatch):
+    made = values(base, base / "teacher", "guided")
+    made["teacher"]["guidance"], made["method"]["stages"][0]["guidance"] = 1.0, 3.0
+    monkeypatch.setattr(SanaSpec, "guidable", False)
+    with pytest.raises(UserError, match=r"^method\.stages\.volume\.guidance: .*give 1$"):
+        trainer_of(check(made, "test"))
 
 
 def test_what_the_files_need_is_said_before_training(base: Path, monkeypatch: pytest.MonkeyPatch):
