@@ -648,7 +648,7 @@ class SceneWeights(Schema):
     sparsity: float = Field(default=0.0, ge=0)
     """sqrt(opacity^2 + 0.01), against floaters (volume)."""
     creases: float = Field(default=0.0, ge=0)
-    """Total variation of a mesh's normals: flat sides, sharp edges."""
+    """Total variation of a mesh's normals: flat sides, sharp edges (geometry)."""
     normals: float = Field(default=0.0, ge=0)
     """1 - cosine between the normals of neighbouring faces (geometry)."""
     laplacian: float = Field(default=0.0, ge=0)
@@ -702,6 +702,20 @@ class SceneStage(Schema):
         if shares[0] != 0 or sorted(set(shares)) != shares or shares[-1] >= 1 or min(s for _, s in resolutions) < 8:
             raise ValueError("shares must rise from 0 and stay below 1, sizes must be 8 or more")
         return resolutions
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> Self:
+        terms = {"volume": ["entropy", "sparsity"], "geometry": ["creases", "normals", "laplacian"], "texture": []}
+        matching = ["start", "sigma_init", "clip_samples", "student_steps", "reuse_samples", "regression"]
+        weights = [name for name in SceneWeights.model_fields if name not in terms[self.kind]]
+        for part, names in (("weights", weights), ("matching", matching)):
+            values = getattr(self, part)
+            for name in names:
+                if getattr(values, name) != type(values).model_fields[name].default:
+                    raise ValueError(f"{part}.{name}: a stage of kind {self.kind} has no use for it: remove the key")
+        if self.kind == "texture" and self.picture == "normals":
+            raise ValueError("picture: normals show no texture: choose colour or shaded")
+        return self
 
     @model_validator(mode="after")
     def _fake_fits(self) -> Self:

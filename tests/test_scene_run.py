@@ -301,11 +301,39 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
             "a trained critic",
         ),
         ({"stages": [STAGES[0]]}, "do not make 1"),
+        (
+            {"stages": [STAGES[0] | {"share": 1.0, "weights": {"creases": 1.0}}]},
+            "weights.creases: a stage of kind volume",
+        ),
+        (
+            {"stages": [STAGES[0], STAGES[1] | {"weights": {"entropy": 1.0}}]},
+            "weights.entropy: a stage of kind geometry",
+        ),
+        ({"stages": [*STAGES[:2], STAGES[2] | {"weights": {"normals": 1.0}}]}, "weights.normals: .* kind texture"),
+        ({"stages": [*STAGES[:2], STAGES[2] | {"picture": "normals"}]}, "picture: normals show no texture"),
     ],
 )
 def test_settings_that_contradict_are_named(base: Path, change: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         parse(["--config", str(write(base, base / "teacher", "wrong", **change))])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("start", "anywhere"),
+        ("sigma_init", 1.0),
+        ("clip_samples", True),
+        ("student_steps", 2),
+        ("reuse_samples", False),
+        ("regression", {"path": "pairs.pt"}),
+    ],
+)
+def test_what_a_matching_has_no_use_for_in_scenes_is_named(key: str, value: Any, tmp_path: Path):
+    made = values(tmp_path, tmp_path / "teacher", "run")
+    made["method"]["stages"][0]["matching"][key] = value
+    with pytest.raises(UserError, match=rf"matching\.{key}: .* remove the key"):
+        check(made, "test")
 
 
 def test_unknown_words_are_named(base: Path):
