@@ -5,21 +5,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torchvision.utils import save_image
 
 from distill import build_scene
 from distill.methods.scene_distillation import SceneDistillation
-from distill.run import build, dry_run
+from distill.preview import Preview
+from distill.run import build, check_same_run, dry_run
 from distill.run import train as train_here
-from distill.settings import Config, check, parse
+from distill.settings import Config, check, parse, write_config
 from distill.settings import SceneDistillation as Settings
 from distill.trainer import Trainer
 from eval.scene import Options
+from models.condition import Condition
 from models.errors import UserError
 from models.scene.memory import SHARE, rendering_bytes
 from models.scene.particles import Fields
@@ -151,6 +155,21 @@ def test_settings_that_scenes_have_no_use_for_are_named(key: str, change: dict[s
     config = check(values(tmp_path, tmp_path / "teacher", "run") | change, "test")
     with pytest.raises(UserError, match=f"^{key}: "):
         train_here(config)
+
+
+def test_a_sample_grid_is_seen_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By whoever looks while it is written."""
+    seen: list[list[str]] = []
+
+    def save(grid: torch.Tensor, path: Path, format: str) -> None:
+        save_image(grid, path, format=format)
+        seen.append([file.name for file in tmp_path.glob("step-*.png")])
+
+    monkeypatch.setattr("distill.preview.save_image", save)
+    spec: Any = SimpleNamespace(shape=(3, 8, 8), preview=lambda count: Condition(), decode=lambda x0: x0)
+    method: Any = SimpleNamespace(reference=lambda z, cond, steps: None, sample=lambda z, cond: z)
+    Preview(tmp_path, spec, 1, torch.device("cpu")).draw(method, 3)
+    assert seen == [[]] and [file.name for file in tmp_path.iterdir()] == ["step-000003.png"]
 
 
 KILLED = """
