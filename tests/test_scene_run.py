@@ -355,6 +355,29 @@ def test_what_a_matching_has_no_use_for_in_scenes_is_named(key: str, value: Any,
         check(made, "test")
 
 
+def test_what_a_run_is_does_not_depend_on_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Named by a relative path, by an absolute one, or moved; files may be wanted of another size, of no other surface."""
+
+    def geometry(output: Path | str, **export: float) -> Config:
+        config = check(values(Path(output), tmp_path / "teacher", "run", export=export), "test")
+        assert isinstance(config.method, Settings)
+        return build_scene.runs(config, config.method)[1]
+
+    monkeypatch.chdir(tmp_path)
+    first = geometry("here")
+    first.output.mkdir(parents=True)
+    write_config(first, first.output / "config.yaml")
+    check_same_run(geometry(tmp_path / "here", faces=300, texture=128, frames=3, size=64))
+    (tmp_path / "here").rename(tmp_path / "there")
+    check_same_run(geometry("there"))
+    with pytest.raises(UserError, match=r"method\.export\.threshold"):
+        check_same_run(geometry("there", threshold=3.0))
+    moved = geometry("there")
+    other = moved.model_copy(update={"method": moved.method.model_copy(update={"start": tmp_path / "elsewhere"})})
+    with pytest.raises(UserError, match=r"method\.start"):
+        check_same_run(other)
+
+
 def test_unknown_words_are_named(base: Path):
     done = train("--config", write(base, base / "teacher", "words"), "--prompt", "a crimson cube")
     assert done.returncode == 2 and "crimson" in done.stderr and "Traceback" not in done.stderr
