@@ -168,9 +168,21 @@ def test_a_scene_that_has_vanished_says_what_to_change():
     fields = new_fields(1)
     fields.occupancy[0].cells.zero_()
     method = distillation("noise", fields, 1)
-    method.progress.steps += 1  # at step 0 the occupancy is found anew
+    method.progress.steps += 1
     with pytest.raises(UserError, match=r"nothing is left.*step 1: .*sparsity"):
         method.student_loss(Turn(0, Draws([3, 4]), None))
+
+
+def test_all_micro_batches_of_a_step_are_of_one_size_and_annealed_alike():
+    method = distillation("noise", new_fields(), steps=2)
+    method.stage = method.stage.model_copy(update={"resolutions": [(0.0, 8), (0.5, 16)]})
+    seen: list[tuple[int, float]] = []
+    method.generator.register_forward_pre_hook(
+        lambda _fields, inputs: seen.append((inputs[0].size, method.progress.share))
+    )
+    for micro in (0, 1, 0, 1):
+        method.student_loss(Turn(micro, Draws([3]), None))
+    assert seen == [(8, 0.0), (8, 0.0), (16, 0.5), (16, 0.5)] and int(method.progress.steps) == 2
 
 
 def test_words_for_views():
