@@ -270,6 +270,16 @@ def test_files_reload_with_texture_and_video(tmp_path: Path):
     assert trimesh.load(tmp_path / "files/model.ply").visual.kind == "vertex"
 
 
+def test_files_have_every_object_and_no_speck():
+    pytest.importorskip("trimesh")
+    places = lattice(24)
+    off = lambda x, radius: (places - torch.tensor([x, 0.0, 0.0])).norm(dim=1) - radius
+    apart = torch.stack([off(0.5, 0.35), off(-0.45, 0.3), (places - 0.8).norm(dim=1) - 0.06]).amin(0)
+    both = marching_tetrahedra(places, torch.minimum(off(0.5, 0.35), off(-0.45, 0.3)), tetrahedra(24))
+    mesh = export.tidy(marching_tetrahedra(places, apart, tetrahedra(24)), 10**6)
+    torch.testing.assert_close(mesh.volume(), both.volume(), atol=1e-4, rtol=0)
+
+
 def test_a_folder_without_a_scene_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="holds no scene"):
         saved.read(tmp_path)
