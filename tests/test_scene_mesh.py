@@ -280,6 +280,14 @@ def test_files_have_every_object_and_no_speck():
     torch.testing.assert_close(mesh.volume(), both.volume(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"frames": 0}, {"size": 0}, {"size": 33}, {"texture": 0}, {"faces": 0}, {"threshold": 0.0}], ids=str
+)
+def test_files_of_no_size_are_refused(wrong: dict[str, Any], tmp_path: Path):
+    with pytest.raises(UserError, match=rf"{next(iter(wrong))}: "):
+        export.Arguments(tmp_path, tmp_path / "files", **wrong).run()
+
+
 def test_a_folder_without_a_scene_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="holds no scene"):
         saved.read(tmp_path)

@@ -150,6 +150,16 @@ class Sizes:
     frames: int = 48
     size: int = 256
 
+    def __post_init__(self) -> None:
+        """UserError for numbers that no file can have."""
+        least = {"faces": 100, "texture": 64, "frames": 1, "size": 32}
+        if low := [f"{name}: at least {number}" for name, number in least.items() if getattr(self, name) < number]:
+            raise UserError("; ".join(low))
+        if self.size % 2:
+            raise UserError(f"size: a video's is even, not {self.size}")
+        if self.threshold is not None and self.threshold <= 0:
+            raise UserError("threshold: a density above 0, or none")
+
 
 def load(folder: Path, threshold: float | None) -> tuple[saved.Scene, list[Mesh], list[Field], Backdrop]:
     """Meshes of any stage's folder; those of a volume stage are its fields' surfaces."""
