@@ -118,6 +118,12 @@ def test_one_command_makes_all_files(base: Path):
     assert sum(".adapter." in key for key in before) == 32
 
 
+def test_the_card_says_what_a_scene_is(base: Path):
+    card = (base / "whole/a-red-cube/texture/student/README.md").read_text()
+    assert "# Scene distilled from" in card and "one-step" not in card and "diffusers" not in card.partition("\n---")[0]
+    assert "```bash\npython -m models.scene.export PATH OUT\n```" in card and "- text-to-3d" in card.replace("[", "- ")
+
+
 def test_a_run_is_judged_from_its_folder(base: Path):
     """Its critics against the exact scores, its file against its particle, a page."""
     folder = base / "whole/a-red-cube"

@@ -113,7 +113,7 @@ class SceneSpec:
     picture: tuple[int, int, int]
     teacher: Spec
     student: bool = field(default=True)
-    usage: str = field(default="python -m models.scene.export PATH")
+    usage: str = field(default="python -m models.scene.export PATH OUT")
 
     @property
     def shape(self) -> tuple[int, int, int]:
