@@ -92,8 +92,8 @@ def render(
     each = max(1, CHUNK // samples)
     jitters = repeat(None) if jitter is None else jitter.split(each)
     parts = [
-        _march(field, *part, samples, occupancy, its_jitter)
-        for *part, its_jitter in zip(origins.split(each), directions.split(each), jitters, strict=False)
+        _march(field, start, heading, samples, occupancy, shift)
+        for start, heading, shift in zip(origins.split(each), directions.split(each), jitters, strict=False)
     ]
     return Rays(torch.cat([part.colour for part in parts]), torch.cat([part.opacity for part in parts]))
 
