@@ -72,8 +72,6 @@ def test_fields_start_as_the_blob_and_learn(sizes: FieldSizes):
     assert density[0] > 5 and density[1] < 0.01 and bool(((colour > 0) & (colour < 1)).all())
     field.density(BOX.world(torch.rand(500, 3) * 2 - 1)).sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in field.parameters())
-    outward = field.normals(BOX.world(torch.tensor([[0.0, 0.6, 0.0]])))
-    assert outward[0, 1] > 0.7
 
 
 def test_a_hollow_scene_starts_empty_in_the_middle():

@@ -16,9 +16,10 @@ from models.scene import export, nvdiffrast_backend, saved
 from models.scene.cameras import Camera, Orbit
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.mesh import Mesh, lattice, marching_tetrahedra, outer_hull, tetrahedra
+from models.scene.particles import Views
 from models.scene.raster import Raster, rasterise
 from models.scene.solids import unit_sdf
-from models.scene.surface import find_threshold, surface
+from models.scene.surface import Geometry, find_threshold, surface
 from models.scene.volume import Occupancy
 
 
@@ -232,6 +233,14 @@ def test_a_hollow_scene_keeps_its_inner_walls():
     mesh = surface(scene(-40.0).new().particle(0), 32, 2.0)
     inner = mesh.vertices.norm(dim=1).min()
     assert 0.4 < float(inner) < 0.6 and 6 < float(mesh.volume()) < 8 - 4 / 3 * math.pi * float(inner) ** 3
+
+
+def test_the_geometry_stage_moves_no_colours():
+    torch.manual_seed(0)
+    fields = scene().new()
+    geometry = Geometry(fields, [5.0], 8, "shaded")
+    geometry(Views.plain([Camera(30)], 0, 16)).images.square().mean().backward()
+    assert geometry.distance.grad is not None and all(value.grad is None for value in fields.parameters())
 
 
 def test_an_empty_field_says_what_to_change():

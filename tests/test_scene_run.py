@@ -362,7 +362,7 @@ def test_what_a_matching_has_no_use_for_in_scenes_is_named(key: str, value: Any,
 
 
 def test_what_a_run_is_does_not_depend_on_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Named by a relative path, by an absolute one, or moved; files may be wanted of another size, of no other surface."""
+    """Named by a relative path, by an absolute one, or moved; its files may be wanted of another size."""
 
     def geometry(output: Path | str, **export: float) -> Config:
         config = check(values(Path(output), tmp_path / "teacher", "run", export=export), "test")

@@ -73,16 +73,6 @@ class Field(nn.Module, ABC):
         """(N,)."""
         return self(points)[0]
 
-    def normals(self, points: Tensor, step: float = 0.02) -> Tensor:
-        """Outward unit normals (N, 3): against the slope of the density, by central differences over ``step``.
-
-        Differentiable in the field's parameters.
-        """
-        offsets = step * torch.eye(3, device=points.device)
-        both = torch.cat([points[:, None] + offsets, points[:, None] - offsets], 1)
-        values = self.density(both.flatten(0, 1)).view(-1, 2, 3)
-        return F.normalize(values[:, 1] - values[:, 0], dim=1, eps=1e-8)
-
 
 def _decoder(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 4))

@@ -127,7 +127,7 @@ def _keep(meshes: Sequence[Mesh], fields: Fields) -> dict[str, Tensor]:
 class Geometry(Generator):
     """Stage two: signed distances and offsets on a grid of tetrahedra, DMTet (arXiv 2111.04276); the colours stay.
 
-    ``fields`` are those of the volume stage; their surface at ``thresholds``, one each, is where it starts.
+    ``fields`` are those of the volume stage, frozen; their surface at ``thresholds``, one each, is where it starts.
     """
 
     places: Tensor
@@ -135,7 +135,7 @@ class Geometry(Generator):
 
     def __init__(self, fields: Fields, thresholds: Sequence[float], cells: int, picture: Picture):
         super().__init__()
-        self._fields, self.side = (fields,), cells
+        self._fields, self.side = (fields.requires_grad_(False),), cells
         self.picture: Picture = picture
         start = []
         for index, threshold in enumerate(thresholds):
