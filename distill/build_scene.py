@@ -23,9 +23,9 @@ from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
 from models.scene.captions import SEEN, VIEWS
 from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
-from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.fields import Blob, Box, FieldSizes, HashGrid
 from models.scene.memory import fitting_samples, free_bytes
-from models.scene.particles import Generator
+from models.scene.particles import Fields, Generator
 from models.scene.surface import Geometry, Texture, find_threshold
 from models.seeds import Draws, mix
 from models.student import heun
@@ -223,11 +223,12 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tup
         raise UserError(f"method.start: the stage {stage.name} needs the run folder of the stage before")
     before = settings.start / "student"
     if stage.kind == "volume":
-        fields = saved.load_fields(before)[1].train()
+        fields = _fused(settings, saved.load_fields(before)[1].train())
         fields.samples = scene.samples
         return fields, fields.samples
     if stage.kind == "texture":
         _, meshes, fields = saved.load_meshes(before)
+        _fused(settings, fields)
         return Texture(meshes, fields, stage.picture), fields.samples
     if "mesh.0.vertices" in saved.read(before)[1]:
         raise UserError(f"method.stages: {stage.name} is of kind geometry and starts from a stage of kind volume")
@@ -235,6 +236,14 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tup
     threshold = settings.export.threshold
     levels = [threshold or find_threshold(fields, index, scene.orbit) for index in range(scene.particles)]
     return Geometry(fields, levels, stage.tetrahedra, stage.picture), fields.samples
+
+
+def _fused(settings: Settings, fields: Fields) -> Fields:
+    """With tiny-cuda-nn's kernels, if the settings want them: folders have plain fields."""
+    for field in fields.all():
+        if settings.field.fused and isinstance(field, HashGrid):
+            field.fuse()
+    return fields
 
 
 def write_files(config: Config, settings: Settings) -> Path:

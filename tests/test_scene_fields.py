@@ -2,18 +2,22 @@
 
 import importlib.util
 import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.estimate import LiveBytes
 from models.errors import UserError
-from models.scene import volume
+from models.scene import saved, volume
 from models.scene.backdrops import Learned, Plain, Studio
 from models.scene.cameras import Camera, Orbit, rays
 from models.scene.doctor import findings
-from models.scene.fields import Blob, Box, Field, FieldSizes, HashEncoding
+from models.scene.fields import Blob, Box, Field, FieldSizes, HashEncoding, HashGrid
 from models.scene.memory import fitting_samples, rendering_bytes
 from models.scene.particles import Fields, Views
 from models.scene.volume import Occupancy, render, span
@@ -100,6 +104,38 @@ def test_the_fused_encoding_gives_the_same_numbers():
     fused.encoding.params.data.copy_(own.encoding.table.data.flatten())  # type: ignore[union-attr]
     x = torch.rand(1000, 3, device="cuda")
     torch.testing.assert_close(fused.encoding(x), own.encoding(x), atol=1e-4, rtol=1e-3)
+
+
+class Fused(nn.Module):
+    """tiny-cuda-nn's encoding as it is documented: all values in one vector."""
+
+    def __init__(self, inputs: int, settings: dict[str, Any], dtype: torch.dtype):
+        super().__init__()
+        self.plain = (HashEncoding(settings["n_levels"], settings["log2_hashmap_size"], 16, 32),)  # not a sub-module
+        self.params = nn.Parameter(torch.zeros(self.plain[0].table.numel()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.plain[0], {"table": self.params.view(-1, 2)}, (x,))
+
+
+def test_fused_fields_are_saved_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which a machine without tiny-cuda-nn reads, and the next stage fuses again."""
+    module = ModuleType("tinycudann")
+    module.Encoding = Fused  # type: ignore[attr-defined]
+    sizes, points = FieldSizes("hash", levels=2, log_table=8, finest=32, fused=True), torch.rand(9, 3)
+    scene = saved.Scene("a", "a", 1, Orbit(), Box(), Blob(), sizes, "white", 8)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tinycudann", module)
+        torch.manual_seed(0)
+        fields = scene.new()
+        saved.save(tmp_path / "scene", scene, fields.tensors(), "card")
+    its_scene, plain = saved.load_fields(tmp_path / "scene")
+    assert not its_scene.field.fused and torch.equal(plain.particle(0)(points)[1], fields.particle(0)(points)[1])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tinycudann", module)
+        cast(HashGrid, plain.particle(0)).fuse()
+    assert "fields.0.encoding.params" in plain.state_dict()
+    assert torch.equal(plain.particle(0)(points)[1], fields.particle(0)(points)[1])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tinycudann") is not None, reason="tiny-cuda-nn is installed")

@@ -112,6 +112,7 @@ class HashEncoding(nn.Module):
 
     def __init__(self, levels: int, log_table: int, coarsest: int, finest: int):
         super().__init__()
+        self.log_table = log_table
         self.growth = math.exp(math.log(finest / coarsest) / max(1, levels - 1))
         scales = [coarsest * self.growth**level - 1 for level in range(levels)]
         sides = [math.ceil(scale) + 1 for scale in scales]
@@ -158,16 +159,21 @@ class HashGrid(Field):
     ):
         super().__init__(box, blob)
         self.encoding: nn.Module = HashEncoding(levels, log_table, coarsest, finest)
-        if fused:
-            self.encoding = fused_encoding(self.encoding, log_table)
         self.decoder = _decoder(2 * levels, width)
+        if fused:
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Let tiny-cuda-nn do the work from here on; UserError where it is not installed."""
+        if isinstance(self.encoding, HashEncoding):
+            self.encoding = fused_encoding(self.encoding)
 
     def raw(self, scaled: Tensor) -> Tensor:
         features = self.encoding((scaled * 0.5 + 0.5).clamp(0, 1))
         return self.decoder(GAIN * features.to(scaled.dtype))
 
 
-def fused_encoding(encoding: HashEncoding, log_table: int) -> nn.Module:
+def fused_encoding(encoding: HashEncoding) -> nn.Module:
     """tiny-cuda-nn's encoding with the values of ``encoding``; UserError where it is not installed."""
     try:
         import tinycudann  # type: ignore[import-not-found]
@@ -179,7 +185,7 @@ def fused_encoding(encoding: HashEncoding, log_table: int) -> nn.Module:
         "otype": "HashGrid",
         "n_levels": len(encoding.sides),
         "n_features_per_level": 2,
-        "log2_hashmap_size": log_table,
+        "log2_hashmap_size": encoding.log_table,
         "base_resolution": encoding.sides[0],
         "per_level_scale": encoding.growth,
     }
