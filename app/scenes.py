@@ -79,7 +79,7 @@ def train(prompt: str, library: Library) -> Iterator[tuple[str, Path | None, Pat
         raise UserError("there is no folder for runs: name one with --run")
     output = library.roots[0][1] / "scenes"
     line = [sys.executable, str(ROOT / "distill/train.py"), "--config", str(ROOT / CONFIG)]
-    line += [f"--method.prompt={prompt}", f"--output={output}"]
+    line += [f"--prompt={prompt}", f"--output={output}"]
     since = time.time()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log)
@@ -163,7 +163,7 @@ def tab(engine: Engine, may_train: bool, this: gr.Tab) -> None:
                 elem_id="turntable",
             )
             with gr.Accordion("A new scene", open=not names):
-                prompt = gr.Textbox(label="Prompt", value="a photo of a red cube", elem_id="scene-prompt")
+                prompt = gr.Textbox(label="Prompt", value="a red cube", elem_id="scene-prompt")
                 with gr.Row():
                     start = gr.Button("Train it", variant="primary", elem_id="scene-train")
                     stop = gr.Button("Stop and save", elem_id="scene-stop")

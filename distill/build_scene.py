@@ -18,13 +18,14 @@ from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.discriminator import feature_channels
 from models.errors import UserError
+from models.folders import replace_text
 from models.scene import saved
 from models.scene.cameras import Orbit, camera_to_world
 from models.scene.captions import SEEN, VIEWS
 from models.scene.critic import CameraDiscriminator, CameraFeatures, LoRACritic
-from models.scene.fields import Blob, Box, FieldSizes
+from models.scene.fields import Blob, Box, FieldSizes, HashGrid
 from models.scene.memory import fitting_samples, free_bytes
-from models.scene.particles import Generator
+from models.scene.particles import Fields, Generator
 from models.scene.surface import Geometry, Texture, find_threshold
 from models.seeds import Draws, mix
 from models.student import heun
@@ -43,9 +44,22 @@ def folder(config: Config) -> Path:
     return config.output / slug(config.method.prompt)
 
 
+def check(config: Config) -> None:
+    """UserError for settings that scenes have no use for."""
+    if config.data.kind != "conditions_only":
+        raise UserError("data.kind: scene_distillation learns from its teacher alone: choose conditions_only")
+    if config.teacher is not None and config.teacher.cache is not None:
+        raise UserError("teacher.cache: a scene's few prompts are encoded once anyway: remove the key")
+    if config.lora is not None:
+        raise UserError("lora: a scene is no network; its critic's adapters are method.critic.rank: remove the key")
+    if config.evaluation.num_images:
+        raise UserError("evaluation.num_images: `python -m eval.scene` judges scenes: set it to 0")
+
+
 def runs(config: Config, settings: Settings) -> list[Config]:
     """One run for each stage, in order; each starts from the one before and knows of no other stage, so that what comes
-    later can be changed without training anew."""
+    later can be changed without training anew. The scene's files alone are uploaded."""
+    check(config)
     plan: list[Config] = []
     done, share = 0, 0.0
     for stage in settings.stages:
@@ -61,6 +75,7 @@ def runs(config: Config, settings: Settings) -> list[Config]:
             "student": stage.student or config.student,
             "critic": stage.critic or config.critic,
             "train": config.train.model_copy(update={"steps": steps}),
+            "push_to_hub": None,
         }
         plan.append(config.model_copy(update=changes))
     return plan
@@ -70,7 +85,7 @@ def scene_of(settings: Settings) -> saved.Scene:
     """The part of the settings that a scene's folder remembers."""
     return saved.Scene(
         prompt=settings.prompt,
-        sentence=settings.template.format(settings.prompt),
+        sentence=settings.sentence,
         particles=settings.particles,
         orbit=Orbit(**settings.cameras.model_dump(exclude={"view_words"})),
         box=Box(settings.box_centre, settings.box_half),
@@ -98,13 +113,20 @@ def _critic(settings: Settings, teacher: Denoiser, spec: TextSpec, prompt: Condi
     if path is None:
         return LoRACritic(teacher, prompt, settings.critic.rank)
     other, its_spec = load(path)
-    if not isinstance(its_spec, TextSpec) or its_spec.shape != spec.shape:
+    if not isinstance(its_spec, TextSpec) or not _same_latents(spec, its_spec):
         raise UserError(f"method.critic.path: {path} works in other latents than the teacher")
-    return LoRACritic(other.requires_grad_(False), its_spec.text([prompt_text(settings)]), settings.critic.rank)
+    prompt = its_spec.text([settings.sentence])
+    return LoRACritic(other.requires_grad_(False), prompt, settings.critic.rank, teacher.process)
 
 
-def prompt_text(settings: Settings) -> str:
-    return settings.template.format(settings.prompt)
+@torch.no_grad()
+def _same_latents(one: TextSpec, other: TextSpec) -> bool:
+    """Whether both encode a picture alike, to within 1 %."""
+    if one.picture != other.picture or one.shape != other.shape:
+        return False
+    picture = Draws([0]).normal(*one.picture).clamp(-1, 1)
+    x0, its_x0 = one.encode(picture), other.encode(picture)
+    return float((its_x0 - x0).norm()) < 0.01 * float(x0.norm())
 
 
 def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
@@ -116,6 +138,11 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     if not isinstance(spec, TextSpec):
         raise UserError("method.kind: scene_distillation needs a teacher that is asked for prompts")
     assert config.teacher is not None
+    if not spec.guidable and stage.guidance not in (None, 1.0):
+        raise UserError(
+            f"method.stages.{stage.name}.guidance: {config.teacher.path} is a distilled teacher without an "
+            "unconditional answer: give 1"
+        )
     teacher = denoiser.requires_grad_(False)
     scene = scene_of(settings)
     prompts = prompts_of(settings, scene.sentence, spec)
@@ -196,11 +223,12 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tup
         raise UserError(f"method.start: the stage {stage.name} needs the run folder of the stage before")
     before = settings.start / "student"
     if stage.kind == "volume":
-        fields = saved.load_fields(before)[1].train()
+        fields = _fused(settings, saved.load_fields(before)[1].train())
         fields.samples = scene.samples
         return fields, fields.samples
     if stage.kind == "texture":
         _, meshes, fields = saved.load_meshes(before)
+        _fused(settings, fields)
         return Texture(meshes, fields, stage.picture), fields.samples
     if "mesh.0.vertices" in saved.read(before)[1]:
         raise UserError(f"method.stages: {stage.name} is of kind geometry and starts from a stage of kind volume")
@@ -210,8 +238,16 @@ def _generator(settings: Settings, stage: SceneStage, scene: saved.Scene) -> tup
     return Geometry(fields, levels, stage.tetrahedra, stage.picture), fields.samples
 
 
-def write_files(config: Config, settings: Settings) -> None:
-    """The scene's files, from the last stage that has run."""
+def _fused(settings: Settings, fields: Fields) -> Fields:
+    """With tiny-cuda-nn's kernels, if the settings want them: folders have plain fields."""
+    for field in fields.all():
+        if settings.field.fused and isinstance(field, HashGrid):
+            field.fuse()
+    return fields
+
+
+def write_files(config: Config, settings: Settings) -> Path:
+    """The scene's files with the card of the last stage that has run, which they are made from; their folder."""
     from models.scene.export import Sizes, export
     from models.scene.surface import Picture
 
@@ -219,5 +255,8 @@ def write_files(config: Config, settings: Settings) -> None:
     last = cast(Settings, done[-1].method)
     picture: Picture = next(stage.picture for stage in last.stages if stage.name == last.stage)
     output = folder(config) / "student"
-    export(done[-1].output / "student", output, Sizes(**settings.export.model_dump()), picture)
+    stage = done[-1].output / "student"
+    export(stage, output, Sizes(**settings.export.model_dump()), picture)
+    replace_text(output / "README.md", (stage / "README.md").read_text())
     print(f"scene: {output}")
+    return output

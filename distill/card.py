@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from distill.settings import Autoencoder, Config, Teacher
+from distill.settings import Autoencoder, Config, SceneDistillation, Teacher
 from models.errors import UserError
 from models.teachers import is_hub_id, resolve
 from models.teachers.base import Spec
@@ -41,18 +41,21 @@ def licence(teacher: Teacher | None) -> dict[str, Any]:
 def model_card(config: Config, spec: Spec) -> str:
     """Markdown with the metadata block that model hubs read."""
     method, teacher = config.method.kind, config.teacher
-    what = "Denoiser"
-    if isinstance(config.method, Autoencoder):
+    library, tags, language, what = {"library_name": "diffusers"}, ["diffusers", "one-step"], "python", "Denoiser"
+    if isinstance(config.method, SceneDistillation) and teacher is not None:
+        library, tags, language = {}, ["text-to-3d"], "bash"
+        what = f"Scene distilled from `{teacher.path}` with `{method}`"
+    elif isinstance(config.method, Autoencoder):
         what = "Autoencoder"
     elif spec.student and teacher is not None:
         what = f"One-step student distilled from `{teacher.path}` with `{method}`"
-    metadata: dict[str, Any] = {"library_name": "diffusers"} | licence(teacher)
+    metadata: dict[str, Any] = library | licence(teacher)
     terms = ""
     if teacher is not None and metadata["license"] == "other":
         terms = f"\nThe licence of the teacher `{teacher.path}` applies to these weights, which were made from it.\n"
     if teacher is not None and is_hub_id(teacher.path):
         metadata["base_model"] = teacher.path
-    metadata["tags"] = ["diffusers", "one-step", "distillation", method]
+    metadata["tags"] = [*tags, "distillation", method]
     block = yaml.safe_dump(metadata, sort_keys=False, default_flow_style=None)
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return f"""---
@@ -62,7 +65,7 @@ def model_card(config: Config, spec: Spec) -> str:
 
 {spec.summary}
 {terms}
-```python
+```{language}
 {spec.usage}
 ```
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from distill.methods.base import Method
+from models.folders import replace_file
 from models.seeds import Draws
 from models.teachers.base import Spec
 
@@ -35,4 +36,5 @@ class Preview:
         decoded = self.spec.decode(torch.cat(pictures)).float().cpu()
         grid = make_grid(decoded.clamp(-1, 1) / 2 + 0.5, nrow=COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, self.folder / f"step-{step:06d}.png")
+        with replace_file(self.folder / f"step-{step:06d}.png") as temporary:
+            save_image(grid, temporary, format="png")

@@ -43,6 +43,9 @@ STOPPED = 130
 """Exit status after SIGTERM or Ctrl-C; everything is saved."""
 
 FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
+    f"method.export.{name}" for name in ("faces", "texture", "frames", "size")
+}
+FREE_KEYS |= {
     f"train.{name}"
     for name in (
         "steps",
@@ -136,6 +139,12 @@ def check_same_run(config: Config) -> None:
     if not path.is_file():
         return
     old, new = _flat(read_run(config.output)), _flat(config.model_dump(mode="json"))
+    starts = [
+        values.get("method.start") and os.path.relpath(values["method.start"], values["output"])
+        for values in (old, new)
+    ]
+    if starts[0] == starts[1]:  # also where both were moved, or are named by another path
+        old["method.start"] = new.get("method.start")
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -269,7 +278,9 @@ def train_scene(config: Config, settings: SceneDistillation) -> int:
         if wanted and not _finished(run) and (status := train(run)):
             return status
     if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
-        build_scene.write_files(config, settings)
+        files = build_scene.write_files(config, settings)
+        if config.push_to_hub is not None:
+            print(f"uploaded: {upload(files, config.push_to_hub)}")
     return 0
 
 

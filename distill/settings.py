@@ -6,6 +6,7 @@
 import argparse
 import copy
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -648,7 +649,7 @@ class SceneWeights(Schema):
     sparsity: float = Field(default=0.0, ge=0)
     """sqrt(opacity^2 + 0.01), against floaters (volume)."""
     creases: float = Field(default=0.0, ge=0)
-    """Total variation of a mesh's normals: flat sides, sharp edges."""
+    """Total variation of a mesh's normals: flat sides, sharp edges (geometry)."""
     normals: float = Field(default=0.0, ge=0)
     """1 - cosine between the normals of neighbouring faces (geometry)."""
     laplacian: float = Field(default=0.0, ge=0)
@@ -704,6 +705,20 @@ class SceneStage(Schema):
         return resolutions
 
     @model_validator(mode="after")
+    def _all_is_used(self) -> Self:
+        terms = {"volume": ["entropy", "sparsity"], "geometry": ["creases", "normals", "laplacian"], "texture": []}
+        matching = ["start", "sigma_init", "clip_samples", "student_steps", "reuse_samples", "regression"]
+        weights = [name for name in SceneWeights.model_fields if name not in terms[self.kind]]
+        for part, names in (("weights", weights), ("matching", matching)):
+            values = getattr(self, part)
+            for name in names:
+                if getattr(values, name) != type(values).model_fields[name].default:
+                    raise ValueError(f"{part}.{name}: a stage of kind {self.kind} has no use for it: remove the key")
+        if self.kind == "texture" and self.picture == "normals":
+            raise ValueError("picture: normals show no texture: choose colour or shaded")
+        return self
+
+    @model_validator(mode="after")
     def _fake_fits(self) -> Self:
         if self.latents == 0 and self.pictures == 0:
             raise ValueError("latents, pictures: one of them must be above 0")
@@ -734,7 +749,7 @@ class SceneDistillation(Schema):
     prompt: str = Field(min_length=1)
     """What to make; --prompt for short."""
     template: str = "{}"
-    """Sentence that the prompt is put into for the teacher."""
+    """Sentence that the prompt is put into for the teacher; words before {} that the prompt has too are not doubled."""
     particles: int = Field(default=1, gt=0)
     """Fields that are trained together, with one critic."""
     cameras: SceneCameras = SceneCameras()
@@ -765,6 +780,11 @@ class SceneDistillation(Schema):
     """Run folder of the stage before; set in the folders of stages."""
     export: SceneExport = SceneExport()
     """The files made at the end."""
+
+    @property
+    def sentence(self) -> str:
+        """What the teacher is asked for."""
+        return self.template.replace("{}", self.prompt.removeprefix(self.template.partition("{}")[0]))
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -962,7 +982,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--prompt")
     known, rest = parser.parse_known_args(argv)
     if known.prompt is not None:
-        rest = ["--method.prompt", known.prompt, *rest]
+        rest = ["--method.prompt", json.dumps(known.prompt, ensure_ascii=False), *rest]  # whatever YAML makes of it
     if known.help:
         show_help(known.config)
         sys.exit(0)

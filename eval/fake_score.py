@@ -77,11 +77,14 @@ def _networks(config: dict[str, Any], sentence: str, device: torch.device | str)
     """A new critic as the settings say, and the teacher's spec."""
     teacher, own = config["teacher"], config["method"]["critic"]
     denoiser, spec = load(teacher["path"], teacher["size"], teacher["tokens"], teacher["config"])
-    base, its_spec = (denoiser, spec) if own["path"] is None else load(own["path"])
+    base, its_spec, process = denoiser, spec, None
+    if own["path"] is not None:
+        (base, its_spec), process = load(own["path"]), denoiser.process
     if not isinstance(spec, TextSpec) or not isinstance(its_spec, TextSpec):
         raise UserError(f"teacher {teacher['path']} is not asked for prompts")
     prompt = its_spec.to(device).text([sentence])
-    return LoRACritic(base.to(device).requires_grad_(False), prompt, own["rank"]).to(device), spec.to(device)
+    critic = LoRACritic(base.to(device).requires_grad_(False), prompt, own["rank"], process)
+    return critic.to(device), spec.to(device)
 
 
 def _pictures(stage: Path, config: dict[str, Any], camera: Camera, noise: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def _times(config: dict[str, Any], critic: LoRACritic) -> Tensor:
     levels = matching["critic_noise_levels"] or matching["noise_levels"]
     low, high = (levels["low"], levels["high"]) if levels["kind"] == "grid" else (0.02, 0.98)
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
-    return critic.base.process.spaced(low + (high - low) * middle).float()
+    return critic.process.spaced(low + (high - low) * middle).float()
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def fake_score_errors(stage: Path, device: torch.device | str = "cpu") -> Errors
         return None
     scene = saved.read(stage / "student")[0]
     critic, spec = _networks(config, scene.sentence, device)
-    process, times = critic.base.process, _times(config, critic).to(device)
+    process, times = critic.process, _times(config, critic).to(device)
     cases: list[tuple[Tensor, Tensor, Condition, Tensor]] = []
     for index, camera in enumerate(scene.orbit.turntable(CAMERAS, 180 / CAMERAS)):
         uniforms = Draws([mix(index, b) for b in range(BACKDROPS)])

@@ -56,13 +56,12 @@ class SceneFolder:
         return cls(path, stages, scene, models)
 
     def thing(self) -> captions.Thing | None:
-        """The solid that the prompt names; None where the teacher draws other things. UserError for several."""
-        if self.scene.backdrop != "studio":
+        """The solid that the prompt names; None where it names other things, or several."""
+        try:
+            things = captions.things_of(captions.parse(self.scene.sentence))
+        except UserError:
             return None
-        things = captions.things_of(captions.parse(self.scene.sentence))
-        if len(things) > 1:
-            raise UserError(f"{self.path}: '{self.scene.sentence}' names several solids; one can be judged")
-        return things[0]
+        return things[0] if len(things) == 1 else None
 
     def particles(self) -> tuple[list[Mesh], list[Field]]:
         """The last stage's own, as its files were made from."""

@@ -1,6 +1,8 @@
 """VSD against its closed forms: exact scores, the critic, and a teacher that is known exactly."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from distill.methods.scene_distillation import Prompts
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError
+from models.process import EDM, expand_to
 from models.scene import captions, solids
 from models.scene.cameras import Camera, camera_to_world
 from models.scene.critic import LoRACritic
@@ -28,13 +31,22 @@ def gradient(fake: str, particles: int, weights: tuple[float, float] = (1.0, 0.0
     fields = new_fields(particles)
     loss, _ = distillation(fake, fields, particles, weights=weights).student_loss(Turn(0, Draws([3, 4]), None))
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in fields.parameters() if p.grad is not None])
+    return torch.cat([cast(Tensor, p.grad).flatten() for p in fields.parameters()])
 
 
 def test_exact_vsd_of_one_particle_is_sds():
     """The score of a single particle is that of its own sample, bit for bit; of two it is not."""
     assert torch.equal(gradient("noise", 1), gradient("exact", 1))
     assert not torch.equal(gradient("noise", 2), gradient("exact", 2))
+
+
+def test_every_particle_has_a_gradient_whichever_are_drawn():
+    """As DDP needs it; of those that no view drew it is zero."""
+    fields = new_fields(3)
+    loss, _ = distillation("noise", fields, 3).student_loss(Turn(0, Draws([3]), None))
+    loss.backward()
+    norms = [sum(float(cast(Tensor, p.grad).norm()) for p in field.parameters()) for field in fields.all()]
+    assert sorted(norm > 0 for norm in norms) == [False, False, True]
 
 
 def test_in_pixels_sds_is_the_same_in_latents_and_in_pictures():
@@ -100,6 +112,16 @@ def test_the_critic_starts_as_the_teacher_and_every_matrix_moves(tmp_path_factor
     assert not torch.allclose(critic(x, t, front), critic(x, t, side))
 
 
+def test_a_critic_of_another_process_is_asked_at_the_same_noise(tmp_path: Path):
+    denoiser, spec = load(save_sana(tmp_path / "sana"))
+    assert isinstance(spec, SanaSpec)
+    critic = LoRACritic(denoiser, spec.text(["a cube"]), rank=2, process=EDM())
+    cond = replace(spec.text(["a red cube"] * 2), camera=camera_to_world([Camera(), Camera(90)]).flatten(1))
+    x, t = torch.randn(2, *spec.shape), torch.tensor([0.3, 0.7])
+    its_x, its_t = x / expand_to(denoiser.process.alpha(t), x), denoiser.process.ratio(t)
+    torch.testing.assert_close(critic(its_x, its_t, cond), denoiser.denoise(x, t, spec.text(["a cube"] * 2)))
+
+
 def test_the_trained_critic_approaches_the_exact_score():
     """Two particles of two colours, a real teacher: the distance to the exact denoiser falls to less than a third."""
     denoiser, spec = load("embedded:solids")
@@ -146,9 +168,21 @@ def test_a_scene_that_has_vanished_says_what_to_change():
     fields = new_fields(1)
     fields.occupancy[0].cells.zero_()
     method = distillation("noise", fields, 1)
-    method.progress.steps += 1  # at step 0 the occupancy is found anew
+    method.progress.steps += 1
     with pytest.raises(UserError, match=r"nothing is left.*step 1: .*sparsity"):
         method.student_loss(Turn(0, Draws([3, 4]), None))
+
+
+def test_all_micro_batches_of_a_step_are_of_one_size_and_annealed_alike():
+    method = distillation("noise", new_fields(), steps=2)
+    method.stage = method.stage.model_copy(update={"resolutions": [(0.0, 8), (0.5, 16)]})
+    seen: list[tuple[int, float]] = []
+    method.generator.register_forward_pre_hook(
+        lambda _fields, inputs: seen.append((inputs[0].size, method.progress.share))
+    )
+    for micro in (0, 1, 0, 1):
+        method.student_loss(Turn(micro, Draws([3]), None))
+    assert seen == [(8, 0.0), (8, 0.0), (16, 0.5), (16, 0.5)] and int(method.progress.steps) == 2
 
 
 def test_words_for_views():

@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from models.scene import export, nvdiffrast_backend, saved
 from models.scene.cameras import Camera, Orbit
 from models.scene.fields import Blob, Box, FieldSizes
 from models.scene.mesh import Mesh, lattice, marching_tetrahedra, outer_hull, tetrahedra
+from models.scene.particles import Views
 from models.scene.raster import Raster, rasterise
 from models.scene.solids import unit_sdf
-from models.scene.surface import find_threshold, surface
+from models.scene.surface import Geometry, find_threshold, surface
+from models.scene.volume import Occupancy
 
 
 def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
@@ -26,10 +28,9 @@ def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
     return marching_tetrahedra(places, places.norm(dim=1) - radius, tetrahedra(cells))
 
 
-def scene(strength: float = 40.0) -> saved.Scene:
-    return saved.Scene(
-        "a ball", "a ball", 1, Orbit(radius=(4.0, 4.0)), Box(), Blob(strength, 0.5), FieldSizes(side=8), "white", 48
-    )
+def scene(strength: float = 40.0, half: float = 1.0) -> saved.Scene:
+    orbit, box = Orbit(radius=(4.0 * half, 4.0 * half)), Box(half=half)
+    return saved.Scene("a ball", "a ball", 1, orbit, box, Blob(strength, 0.5), FieldSizes(side=8), "white", 48)
 
 
 def test_creases_like_flat_sides_with_sharp_edges_better_than_round_ones():
@@ -215,12 +216,31 @@ def test_nvdiffrast_is_asked_for_the_same_picture(camera: Camera, monkeypatch: p
     assert torch.equal(rasterise(shape, values, camera, 32, smooth=False).faces, faces)  # not taken on a CPU
 
 
-def test_threshold_and_surface_fit_the_rendered_blob():
+@pytest.mark.parametrize("half", [0.1, 1.0, 20.0])
+def test_threshold_and_surface_fit_the_rendered_blob(half: float):
+    """In boxes of any size, with their empty cells left out."""
+    torch.manual_seed(0)
+    fields = scene(half=half).new()
+    fields.prepare(fields.update_every)
+    assert 0.05 < float(cast(Occupancy, fields.occupancy[0]).cells.float().mean()) < 0.5
+    level = find_threshold(fields, 0, scene(half=half).orbit, cells=24, views=3, size=32)
+    mesh = surface(fields.particle(0), 32, level)
+    assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) / half < 0.6
+
+
+def test_a_hollow_scene_keeps_its_inner_walls():
+    torch.manual_seed(0)
+    mesh = surface(scene(-40.0).new().particle(0), 32, 2.0)
+    inner = mesh.vertices.norm(dim=1).min()
+    assert 0.4 < float(inner) < 0.6 and 6 < float(mesh.volume()) < 8 - 4 / 3 * math.pi * float(inner) ** 3
+
+
+def test_the_geometry_stage_moves_no_colours():
     torch.manual_seed(0)
     fields = scene().new()
-    level = find_threshold(fields, 0, scene().orbit, cells=24, views=3, size=32)
-    mesh = surface(fields.particle(0), 32, level)
-    assert 0.4 < float((mesh.volume() * 3 / (4 * math.pi)) ** (1 / 3)) < 0.6
+    geometry = Geometry(fields, [5.0], 8, "shaded")
+    geometry(Views.plain([Camera(30)], 0, 16)).images.square().mean().backward()
+    assert geometry.distance.grad is not None and all(value.grad is None for value in fields.parameters())
 
 
 def test_an_empty_field_says_what_to_change():
@@ -257,6 +277,24 @@ def test_files_reload_with_texture_and_video(tmp_path: Path):
     assert np.abs(pixels[rows] - truth).mean() < 0.05
     assert len(imageio.mimread(tmp_path / "files/turntable.mp4")) == 4
     assert trimesh.load(tmp_path / "files/model.ply").visual.kind == "vertex"
+
+
+def test_files_have_every_object_and_no_speck():
+    pytest.importorskip("trimesh")
+    places = lattice(24)
+    off = lambda x, radius: (places - torch.tensor([x, 0.0, 0.0])).norm(dim=1) - radius
+    apart = torch.stack([off(0.5, 0.35), off(-0.45, 0.3), (places - 0.8).norm(dim=1) - 0.06]).amin(0)
+    both = marching_tetrahedra(places, torch.minimum(off(0.5, 0.35), off(-0.45, 0.3)), tetrahedra(24))
+    mesh = export.tidy(marching_tetrahedra(places, apart, tetrahedra(24)), 10**6)
+    torch.testing.assert_close(mesh.volume(), both.volume(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"frames": 0}, {"size": 0}, {"size": 33}, {"texture": 0}, {"faces": 0}, {"threshold": 0.0}], ids=str
+)
+def test_files_of_no_size_are_refused(wrong: dict[str, Any], tmp_path: Path):
+    with pytest.raises(UserError, match=rf"{next(iter(wrong))}: "):
+        export.Arguments(tmp_path, tmp_path / "files", **wrong).run()
 
 
 def test_a_folder_without_a_scene_is_named(tmp_path: Path):

@@ -5,24 +5,30 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torchvision.utils import save_image
 
 from distill import build_scene
 from distill.methods.scene_distillation import SceneDistillation
-from distill.run import dry_run
+from distill.preview import Preview
+from distill.run import build, check_same_run, dry_run
 from distill.run import train as train_here
-from distill.settings import Config, check, parse
+from distill.settings import Config, check, parse, write_config
 from distill.settings import SceneDistillation as Settings
+from distill.trainer import Trainer
 from eval.scene import Options
+from models.condition import Condition
 from models.errors import UserError
 from models.scene.memory import SHARE, rendering_bytes
 from models.scene.particles import Fields
 from models.scene.saved import SceneSpec
+from models.teachers.sana import SanaSpec
 from tests import families
 from tests.tiny import ROOT, environment, save_sana, train
 
@@ -82,6 +88,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trainer_of(config: Config, stage: int = 0) -> Trainer:
+    """Of one stage, with nothing on disk but the folder."""
+    assert isinstance(config.method, Settings)
+    run = build_scene.runs(config, config.method)[stage]
+    run.output.mkdir(parents=True, exist_ok=True)
+    return build(run)
+
+
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """The last checkpoint's networks."""
     last = max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -104,6 +118,12 @@ def test_one_command_makes_all_files(base: Path):
     assert sum(".adapter." in key for key in before) == 32
 
 
+def test_the_card_says_what_a_scene_is(base: Path):
+    card = (base / "whole/a-red-cube/texture/student/README.md").read_text()
+    assert "# Scene distilled from" in card and "one-step" not in card and "diffusers" not in card.partition("\n---")[0]
+    assert "```bash\npython -m models.scene.export PATH OUT\n```" in card and "- text-to-3d" in card.replace("[", "- ")
+
+
 def test_a_run_is_judged_from_its_folder(base: Path):
     """Its critics against the exact scores, its file against its particle, a page."""
     folder = base / "whole/a-red-cube"
@@ -113,6 +133,49 @@ def test_a_run_is_judged_from_its_folder(base: Path):
     for bins in found["fake_score"].values():
         assert all(0 < row["relative"] < 2 and row["relative"] != 1 for row in bins)
     assert found["glb_psnr"] > 20 and found["prompt"] == "a red cube" and (base / "report/report.html").is_file()
+
+
+def test_the_files_are_uploaded_once_and_no_stage(base: Path, monkeypatch: pytest.MonkeyPatch):
+    made = yaml.safe_load((base / "whole.yaml").read_text()) | {"push_to_hub": "somebody/scene"}
+    config = check(made, "test")
+    assert isinstance(config.method, Settings)
+    assert {run.push_to_hub for run in build_scene.runs(config, config.method)} == {None}
+    uploaded: list[tuple[Path, str]] = []
+    monkeypatch.setattr("distill.run.check_token", lambda repo: None)
+    monkeypatch.setattr("distill.run.upload", lambda folder, repo: uploaded.append((folder, repo)))
+    assert train_here(config) == 0
+    assert uploaded == [(base / "whole/a-red-cube/student", "somebody/scene")]
+    assert "license:" in (base / "whole/a-red-cube/student/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("data.kind", {"data": {"kind": "precomputed", "path": "anywhere"}}),
+        ("teacher.cache", {"teacher": {"path": "anything", "cache": "anywhere"}}),
+        ("lora", {"lora": {"rank": 8}}),
+        ("evaluation.num_images", {"evaluation": {"num_images": 100}}),
+    ],
+)
+def test_settings_that_scenes_have_no_use_for_are_named(key: str, change: dict[str, Any], tmp_path: Path):
+    config = check(values(tmp_path, tmp_path / "teacher", "run") | change, "test")
+    with pytest.raises(UserError, match=f"^{key}: "):
+        train_here(config)
+
+
+def test_a_sample_grid_is_seen_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By whoever looks while it is written."""
+    seen: list[list[str]] = []
+
+    def save(grid: torch.Tensor, path: Path, format: str) -> None:
+        save_image(grid, path, format=format)
+        seen.append([file.name for file in tmp_path.glob("step-*.png")])
+
+    monkeypatch.setattr("distill.preview.save_image", save)
+    spec: Any = SimpleNamespace(shape=(3, 8, 8), preview=lambda count: Condition(), decode=lambda x0: x0)
+    method: Any = SimpleNamespace(reference=lambda z, cond, steps: None, sample=lambda z, cond: z)
+    Preview(tmp_path, spec, 1, torch.device("cpu")).draw(method, 3)
+    assert seen == [[]] and [file.name for file in tmp_path.iterdir()] == ["step-000003.png"]
 
 
 KILLED = """
@@ -213,8 +276,6 @@ def test_other_rows_of_the_table_make_scenes_too(base: Path, kind: str):
     stage = type(stage).model_validate(stage.model_dump() | {"matching": matching})
     method = config.method.model_copy(update={"stages": [stage], "stage": "volume"})
     config = config.model_copy(update={"method": method, "output": base / kind})
-    from distill.run import build
-
     trainer = build(config)
     trainer.config.output.mkdir()
     before = {key: value.clone() for key, value in trainer.bare["student"].state_dict().items()}
@@ -265,11 +326,62 @@ def test_prompt_is_short_for_its_key_and_folders_are_short(base: Path):
             "a trained critic",
         ),
         ({"stages": [STAGES[0]]}, "do not make 1"),
+        (
+            {"stages": [STAGES[0] | {"share": 1.0, "weights": {"creases": 1.0}}]},
+            "weights.creases: a stage of kind volume",
+        ),
+        (
+            {"stages": [STAGES[0], STAGES[1] | {"weights": {"entropy": 1.0}}]},
+            "weights.entropy: a stage of kind geometry",
+        ),
+        ({"stages": [*STAGES[:2], STAGES[2] | {"weights": {"normals": 1.0}}]}, "weights.normals: .* kind texture"),
+        ({"stages": [*STAGES[:2], STAGES[2] | {"picture": "normals"}]}, "picture: normals show no texture"),
     ],
 )
 def test_settings_that_contradict_are_named(base: Path, change: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         parse(["--config", str(write(base, base / "teacher", "wrong", **change))])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("start", "anywhere"),
+        ("sigma_init", 1.0),
+        ("clip_samples", True),
+        ("student_steps", 2),
+        ("reuse_samples", False),
+        ("regression", {"path": "pairs.pt"}),
+    ],
+)
+def test_what_a_matching_has_no_use_for_in_scenes_is_named(key: str, value: Any, tmp_path: Path):
+    made = values(tmp_path, tmp_path / "teacher", "run")
+    made["method"]["stages"][0]["matching"][key] = value
+    with pytest.raises(UserError, match=rf"matching\.{key}: .* remove the key"):
+        check(made, "test")
+
+
+def test_what_a_run_is_does_not_depend_on_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Named by a relative path, by an absolute one, or moved; its files may be wanted of another size."""
+
+    def geometry(output: Path | str, **export: float) -> Config:
+        config = check(values(Path(output), tmp_path / "teacher", "run", export=export), "test")
+        assert isinstance(config.method, Settings)
+        return build_scene.runs(config, config.method)[1]
+
+    monkeypatch.chdir(tmp_path)
+    first = geometry("here")
+    first.output.mkdir(parents=True)
+    write_config(first, first.output / "config.yaml")
+    check_same_run(geometry(tmp_path / "here", faces=300, texture=128, frames=3, size=64))
+    (tmp_path / "here").rename(tmp_path / "there")
+    check_same_run(geometry("there"))
+    with pytest.raises(UserError, match=r"method\.export\.threshold"):
+        check_same_run(geometry("there", threshold=3.0))
+    moved = geometry("there")
+    other = moved.model_copy(update={"method": moved.method.model_copy(update={"start": tmp_path / "elsewhere"})})
+    with pytest.raises(UserError, match=r"method\.start"):
+        check_same_run(other)
 
 
 def test_unknown_words_are_named(base: Path):
@@ -282,6 +394,28 @@ def test_unknown_words_for_views_are_named(base: Path):
     config = Config.model_validate(values(base, Path("embedded:solids_control"), "views", **method))
     with pytest.raises(UserError, match=r"method\.cameras\.view_words: .* words: seen, from, 0, degrees"):
         build_scene.build_stage(config, config.method)  # type: ignore[arg-type]
+
+
+def test_a_critic_of_other_latents_is_refused(base: Path, tmp_path: Path):
+    """Whose shape is the same; a network of another size in the same ones may be adapted."""
+    for name, seed, depth in (("deeper", 0, 3), ("other", 1, 2)):
+        save_sana(tmp_path / name, depth=depth, seed=seed)
+        config = check(values(tmp_path, base / "teacher", name, critic={"path": str(tmp_path / name)}), "test")
+        assert isinstance(config.method, Settings)
+        run = build_scene.runs(config, config.method)[0]
+        if name == "other":
+            with pytest.raises(UserError, match=r"method\.critic\.path: .*other latents"):
+                build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
+        else:
+            build_scene.build_stage(run, run.method)  # type: ignore[arg-type]
+
+
+def test_a_stage_cannot_guide_a_distilled_teacher(base: Path, monkeypatch: pytest.MonkeyPatch):
+    made = values(base, base / "teacher", "guided")
+    made["teacher"]["guidance"], made["method"]["stages"][0]["guidance"] = 1.0, 3.0
+    monkeypatch.setattr(SanaSpec, "guidable", False)
+    with pytest.raises(UserError, match=r"^method\.stages\.volume\.guidance: .*give 1$"):
+        trainer_of(check(made, "test"))
 
 
 def test_what_the_files_need_is_said_before_training(base: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,16 @@ from pydantic import TypeAdapter
 
 from distill import train as entry
 from distill.run import check_scores
-from distill.settings import Config, Evaluation, Pretrain, ScoreMatching, parse, read_config, write_config
+from distill.settings import (
+    Config,
+    Evaluation,
+    Pretrain,
+    SceneDistillation,
+    ScoreMatching,
+    parse,
+    read_config,
+    write_config,
+)
 from models.autoencoder import PictureSpec
 from models.errors import UserError
 from models.teachers.embedded import Spec
@@ -202,6 +211,28 @@ def test_overrides_are_read_as_yaml(base: Path):
     config, dry = parse([*line, "--method.gan.taps", "[unet.mid_block, unet.down_blocks.0]"])
     assert dry and config.student.lr == 1e-5 and config.train.ema_decay == 0.5
     assert config.method.kind == "f_distill" and len(config.method.gan.taps) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a chair #1 of its kind", "a cat: asleep", "no", "123", '\'tis [a] "cube" 🧊', "null"]
+)
+def test_a_prompt_is_taken_as_it_is(prompt: str):
+    config, _ = parse(["--config", str(ROOT / "configs/solids/vsd_3d.yaml"), f"--prompt={prompt}"])
+    assert config.model_dump()["method"]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "sentence"),
+    [
+        ("a photo of {}", "a red cube", "a photo of a red cube"),
+        ("a photo of {}", "a photo of a red cube", "a photo of a red cube"),
+        ("{} in {style}", "a cube", "a cube in {style}"),
+    ],
+)
+def test_a_prompt_is_put_into_its_template_once(template: str, prompt: str, sentence: str):
+    line = ["--config", str(ROOT / "configs/solids/vsd_3d.yaml"), f"--method.template={template}"]
+    config, _ = parse([*line, f"--prompt={prompt}"])
+    assert isinstance(config.method, SceneDistillation) and config.method.sentence == sentence
 
 
 def test_a_bare_no_is_a_precision_and_not_a_false(base: Path):

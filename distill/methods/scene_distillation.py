@@ -52,18 +52,22 @@ class Prompts:
 
 
 class Progress(nn.Module):
-    """How many steps a stage has made: a buffer, and so part of its checkpoints."""
+    """How many steps a stage has begun: a buffer, and so part of its checkpoints. ``step`` is the one it is in."""
 
     steps: Tensor
 
     def __init__(self, total: int):
         super().__init__()
-        self.total = total
+        self.total, self.step = total, 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def begin(self) -> None:
+        self.step = int(self.steps)
+        self.steps += 1
 
     @property
     def share(self) -> float:
-        return int(self.steps) / self.total
+        return self.step / self.total
 
 
 class SceneDistillation(DistributionMatching):
@@ -133,14 +137,15 @@ class SceneDistillation(DistributionMatching):
     def student_loss(self, turn: Turn) -> tuple[Tensor, Logs]:
         draws, weights = turn.draws, self.stage.weights
         if turn.micro == 0:
-            self.generator.prepare(int(self.progress.steps))
+            self.progress.begin()
+            self.generator.prepare(self.progress.step)
         views = self.views(draws)
         u = self.annealed(draws.uniform())
         noise = draws.normal(*self.shape)
         drawn = cast(Drawn, self.networks["student"](views))
         if torch.is_grad_enabled() and not drawn.images.requires_grad:
             raise UserError(
-                f"nothing is left of the scene at step {int(self.progress.steps)}: no ray meets any matter; lower "
+                f"nothing is left of the scene at step {self.progress.step}: no ray meets any matter; lower "
                 "method.stages' weights.sparsity, or raise method.blob_strength"
             )
         pictures = self.resized(drawn.images)
@@ -162,9 +167,8 @@ class SceneDistillation(DistributionMatching):
             logs[name] = value.detach()
             if weight := getattr(weights, name, 0.0):
                 loss = loss + weight * value
+        loss = loss + 0 * sum(p.sum() for p in self.generator.parameters())  # DDP waits for what no view drew too
         logs["opacity"] = drawn.opacity.detach().mean()
-        if turn.micro == 0:
-            self.progress.steps += 1
         return loss, logs
 
     def annealed(self, u: Tensor) -> Tensor:

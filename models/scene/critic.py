@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from models.adapters import Adapted
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, Reparameterized
 from models.discriminator import Discriminator
 from models.errors import UserError
+from models.process import Process
 
 
 class LoRACritic(nn.Module):
@@ -19,16 +20,18 @@ class LoRACritic(nn.Module):
 
     Whatever words for a view ``cond`` has, the text is ``prompt``, a Condition of one row. Its parameters are the
     adapters and the camera embedding alone, which is added to that of the time; before any training it is the base
-    denoiser. ``base`` stays in use as the teacher.
+    denoiser. ``base`` stays in use as the teacher. x_t and t are of ``process``, None: the base's own.
     """
 
-    def __init__(self, base: Denoiser, prompt: Condition, rank: int = 4):
+    def __init__(self, base: Denoiser, prompt: Condition, rank: int = 4, process: Process | None = None):
         super().__init__()
         times = [layer for layer in base.network.modules() if isinstance(layer, TimestepEmbedding)]
         if not times:
             raise UserError("method.critic: this teacher has no time embedding that a camera's could be added to")
         self.adapted = Adapted(base.network, "camera", rank)
-        self._denoiser = (Denoiser(self.adapted, base.process, base.prediction, base.sigma_data),)  # not a sub-module
+        own = Denoiser(self.adapted, base.process, base.prediction, base.sigma_data)
+        self.process = process or base.process
+        self._denoiser = own, own if process is None else Reparameterized(own, process)  # not sub-modules
         self._prompt, self._camera = prompt, torch.empty(0)
         width = times[0].linear_2.out_features
         last = nn.Linear(width, width)
@@ -53,7 +56,7 @@ class LoRACritic(nn.Module):
         prompt = Condition.cat([self._prompt] * len(x_t)).to(x_t.device)
         self._camera = cond.camera
         try:
-            return self._denoiser[0].denoise(x_t, t, prompt)
+            return self._denoiser[1].denoise(x_t, t, prompt)
         finally:
             self._camera = torch.empty(0)
 

@@ -29,6 +29,8 @@ from models.scene.surface import Picture, draw, find_threshold, surface
 
 CELLS = 96
 """Cells a side of the grid that a field without a geometry stage is turned into a mesh on."""
+SPECK = 0.05
+"""Of the largest part's area: what is smaller is left out."""
 
 
 def check_libraries() -> None:
@@ -46,10 +48,13 @@ def _library(name: str) -> Any:
 
 
 def tidy(mesh: Mesh, faces: int) -> Mesh:
-    """The largest connected part, simplified to at most ``faces`` triangles, looking outwards."""
+    """Simplified to at most ``faces`` triangles, looking outwards; of its connected parts those whose area is more than
+    :data:`SPECK` of the largest's."""
     trimesh = _library("trimesh")
     whole = trimesh.Trimesh(mesh.vertices.cpu().numpy(), mesh.faces.cpu().numpy(), process=True)
-    part = max(whole.split(only_watertight=False), key=lambda p: p.area, default=whole)
+    parts = whole.split(only_watertight=False)
+    least = SPECK * max((part.area for part in parts), default=0.0)
+    part = trimesh.util.concatenate([part for part in parts if part.area > least]) if len(parts) else whole
     if len(part.faces) > faces:
         import fast_simplification
 
@@ -144,6 +149,16 @@ class Sizes:
     texture: int = 512
     frames: int = 48
     size: int = 256
+
+    def __post_init__(self) -> None:
+        """UserError for numbers that no file can have."""
+        least = {"faces": 100, "texture": 64, "frames": 1, "size": 32}
+        if low := [f"{name}: at least {number}" for name, number in least.items() if getattr(self, name) < number]:
+            raise UserError("; ".join(low))
+        if self.size % 2:
+            raise UserError(f"size: a video's is even, not {self.size}")
+        if self.threshold is not None and self.threshold <= 0:
+            raise UserError("threshold: a density above 0, or none")
 
 
 def load(folder: Path, threshold: float | None) -> tuple[saved.Scene, list[Mesh], list[Field], Backdrop]:

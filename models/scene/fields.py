@@ -52,7 +52,8 @@ class Blob:
 
 
 class Field(nn.Module, ABC):
-    """``field(points)``: density (N,), 1 / world unit and not negative, and RGB (N, 3) in [0, 1], at points (N, 3)."""
+    """``field(points)``: density (N,), 1 / world unit and not negative, and RGB (N, 3) in [0, 1], at points (N, 3);
+    never in bfloat16."""
 
     def __init__(self, box: Box, blob: Blob):
         super().__init__()
@@ -64,22 +65,13 @@ class Field(nn.Module, ABC):
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self.box.scaled(points)
-        raw = self.raw(scaled)
+        with torch.autocast(points.device.type, enabled=False):
+            raw = self.raw(scaled)
         return F.softplus(raw[:, 0] + self.blob(scaled)) / self.box.half, torch.sigmoid(raw[:, 1:])
 
     def density(self, points: Tensor) -> Tensor:
         """(N,)."""
         return self(points)[0]
-
-    def normals(self, points: Tensor, step: float = 0.02) -> Tensor:
-        """Outward unit normals (N, 3): against the slope of the density, by central differences over ``step``.
-
-        Differentiable in the field's parameters.
-        """
-        offsets = step * torch.eye(3, device=points.device)
-        both = torch.cat([points[:, None] + offsets, points[:, None] - offsets], 1)
-        values = self.density(both.flatten(0, 1)).view(-1, 2, 3)
-        return F.normalize(values[:, 1] - values[:, 0], dim=1, eps=1e-8)
 
 
 def _decoder(features: int, width: int) -> nn.Sequential:
@@ -120,6 +112,7 @@ class HashEncoding(nn.Module):
 
     def __init__(self, levels: int, log_table: int, coarsest: int, finest: int):
         super().__init__()
+        self.log_table = log_table
         self.growth = math.exp(math.log(finest / coarsest) / max(1, levels - 1))
         scales = [coarsest * self.growth**level - 1 for level in range(levels)]
         sides = [math.ceil(scale) + 1 for scale in scales]
@@ -166,16 +159,21 @@ class HashGrid(Field):
     ):
         super().__init__(box, blob)
         self.encoding: nn.Module = HashEncoding(levels, log_table, coarsest, finest)
-        if fused:
-            self.encoding = fused_encoding(self.encoding, log_table)
         self.decoder = _decoder(2 * levels, width)
+        if fused:
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Let tiny-cuda-nn do the work from here on; UserError where it is not installed."""
+        if isinstance(self.encoding, HashEncoding):
+            self.encoding = fused_encoding(self.encoding)
 
     def raw(self, scaled: Tensor) -> Tensor:
         features = self.encoding((scaled * 0.5 + 0.5).clamp(0, 1))
         return self.decoder(GAIN * features.to(scaled.dtype))
 
 
-def fused_encoding(encoding: HashEncoding, log_table: int) -> nn.Module:
+def fused_encoding(encoding: HashEncoding) -> nn.Module:
     """tiny-cuda-nn's encoding with the values of ``encoding``; UserError where it is not installed."""
     try:
         import tinycudann  # type: ignore[import-not-found]
@@ -187,7 +185,7 @@ def fused_encoding(encoding: HashEncoding, log_table: int) -> nn.Module:
         "otype": "HashGrid",
         "n_levels": len(encoding.sides),
         "n_features_per_level": 2,
-        "log2_hashmap_size": log_table,
+        "log2_hashmap_size": encoding.log_table,
         "base_resolution": encoding.sides[0],
         "per_level_scale": encoding.growth,
     }

@@ -9,7 +9,7 @@ SHARE = 0.6
 """Of the free memory that rendering may take."""
 FEWEST = 8
 """Samples a ray below which a picture is no good."""
-RAY_BYTES = 4 * 128
+RAY_BYTES = 4 * 120
 """What a ray takes beside its samples, with the backdrop behind it."""
 
 

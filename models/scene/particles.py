@@ -104,7 +104,6 @@ class Fields(Generator):
         origins, directions = (part.to(device) for part in rays(views.cameras, size))
         azimuths = torch.tensor([camera.azimuth for camera in views.cameras], device=device)
         behind = self.backdrop(origins, directions, azimuths, views.noise)
-        colour, opacity = torch.empty_like(behind), behind.new_empty(len(views), 1, size, size)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for particle in sorted(set(views.particles)):
             rows = torch.tensor([b for b, p in enumerate(views.particles) if p == particle], device=device)

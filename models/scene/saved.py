@@ -1,7 +1,7 @@
 """Scenes in folders: what a stage leaves behind, and how it is read again."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -66,10 +66,14 @@ def _read(values: dict[str, Any]) -> Scene:
 
 
 def save(folder: Path, scene: Scene, tensors: dict[str, Tensor], card: str) -> None:
-    """``scene.json``, ``scene.safetensors`` and ``README.md``, through a temporary folder."""
+    """``scene.json``, ``scene.safetensors`` and ``README.md``, through a temporary folder. Fused encodings are saved as
+    plain ones, which any machine can read."""
+    plain = replace(scene, field=replace(scene.field, fused=False))
+    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    for name in [name for name in kept if name.endswith(".encoding.params")]:
+        kept[f"{name.removesuffix('params')}table"] = kept.pop(name).view(-1, 2)
     with replace_folder(folder) as temporary:
-        (temporary / "scene.json").write_text(json.dumps(asdict(scene), indent=2) + "\n")
-        kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        (temporary / "scene.json").write_text(json.dumps(asdict(plain), indent=2) + "\n")
         save_file(kept, temporary / "scene.safetensors")
         (temporary / "README.md").write_text(card)
 
@@ -113,7 +117,7 @@ class SceneSpec:
     picture: tuple[int, int, int]
     teacher: Spec
     student: bool = field(default=True)
-    usage: str = field(default="python -m models.scene.export PATH")
+    usage: str = field(default="python -m models.scene.export PATH OUT")
 
     @property
     def shape(self) -> tuple[int, int, int]:

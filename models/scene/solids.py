@@ -4,15 +4,12 @@ Nothing is stored: scene i is a function of its seed alone, and its boxes, masks
 Solids rest on a floor or float above it; in a scene's own camera none hides another and all are wholly visible.
 
 python -m models.scene.solids OUT.png --seed 0 --count 16      a sheet of pictures with their captions
-
-:func:`images_per_second` measures the speed of sampling and rendering.
 """
 
 import itertools
 import math
 import random
 import textwrap
-import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -526,16 +523,6 @@ class Solids:
         """Pictures as of :meth:`batch`, and their captions."""
         images, scenes = self.batch(seeds)
         return images, [scene.prompt for scene in scenes]
-
-
-def images_per_second(size: int = 64, batch: int = 128, count: int = 2048) -> float:
-    """Pictures made in a second of processor time, scenes and captions included."""
-    world = Solids(size)
-    world.batch(range(batch))
-    start = time.process_time()
-    for first in range(0, count, batch):
-        world.batch(range(first, first + batch))
-    return count / (time.process_time() - start)
 
 
 def contact_sheet(seed: int, count: int, path: Path, size: int = 64, zoom: int = 3) -> None:

@@ -21,7 +21,7 @@ Picture = Literal["colour", "shaded", "normals"]
 
 def distances(field: Field, cells: int, threshold: float) -> tuple[Tensor, float]:
     """About signed distances, in cells and within [-1, 1], at :func:`lattice`'s places: negative where the density is
-    above ``threshold``, and in the hollows that it encloses. Also the highest density.
+    above ``threshold``, and in the hollows that it encloses, but for a scene that is one. Also the highest density.
 
     On fine lattices an average over up to three neighbours is taken of ``1 - 2^(-density / threshold)``: densities are
     striped, what can be seen through is not.
@@ -33,14 +33,16 @@ def distances(field: Field, cells: int, threshold: float) -> tuple[Tensor, float
         occupied = F.avg_pool3d(F.pad(occupied, (1,) * 6, mode="replicate"), 3, 1)
     distance = 1 - 2 * occupied[0, 0]
     solid = distance < 0
-    distance = torch.where(outer_hull(solid) & ~solid, -1.0, distance)
+    if field.blob.strength >= 0:
+        distance = torch.where(outer_hull(solid) & ~solid, -1.0, distance)
     for axis in range(3):  # what reaches the box's border is closed there
         distance.movedim(axis, 0)[[0, -1]] = distance.movedim(axis, 0)[[0, -1]].clamp(min=0.05)
     return distance.flatten(), float(density.max())
 
 
 def surface(field: Field, cells: int, threshold: float) -> Mesh:
-    """The field's outer surface at a density, world units; UserError if there is none."""
+    """The field's surface at a density, world units, from outside alone but for a hollow scene's; UserError if there is
+    none."""
     distance, peak = distances(field, cells, threshold)
     places = lattice(cells).to(distance.device)
     mesh = marching_tetrahedra(places, distance, tetrahedra(cells).to(distance.device))
@@ -61,7 +63,7 @@ def find_threshold(fields: Fields, index: int, orbit: Orbit, cells: int = 48, vi
     places = lattice(cells).to(device)
     grid = tetrahedra(cells).to(device)
     best, score = 0.0, 0.0
-    for threshold in torch.logspace(-0.5, 1.75, 10).tolist():
+    for threshold in (torch.logspace(-0.5, 1.75, 10) / field.box.half).tolist():
         distance, peak = distances(field, cells, threshold)
         mesh = marching_tetrahedra(places, distance, grid)
         if not len(mesh.faces):
@@ -72,8 +74,8 @@ def find_threshold(fields: Fields, index: int, orbit: Orbit, cells: int = 48, vi
         if overlap > score:
             best, score = threshold, overlap
     if score == 0.0:
-        distance, peak = distances(field, cells, 1.0)
-        check_not_empty(Mesh(places[:0], grid[:0, :3]), 1.0, peak)
+        distance, peak = distances(field, cells, 1 / field.box.half)
+        check_not_empty(Mesh(places[:0], grid[:0, :3]), 1 / field.box.half, peak)
     return best
 
 
@@ -125,7 +127,7 @@ def _keep(meshes: Sequence[Mesh], fields: Fields) -> dict[str, Tensor]:
 class Geometry(Generator):
     """Stage two: signed distances and offsets on a grid of tetrahedra, DMTet (arXiv 2111.04276); the colours stay.
 
-    ``fields`` are those of the volume stage; their surface at ``thresholds``, one each, is where it starts.
+    ``fields`` are those of the volume stage, frozen; their surface at ``thresholds``, one each, is where it starts.
     """
 
     places: Tensor
@@ -133,7 +135,7 @@ class Geometry(Generator):
 
     def __init__(self, fields: Fields, thresholds: Sequence[float], cells: int, picture: Picture):
         super().__init__()
-        self._fields, self.side = (fields,), cells
+        self._fields, self.side = (fields.requires_grad_(False),), cells
         self.picture: Picture = picture
         start = []
         for index, threshold in enumerate(thresholds):

@@ -1,7 +1,7 @@
 """Volume rendering of a field in plain torch: any device, nothing to compile."""
 
-import math
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ CHUNK = 1 << 18
 
 
 class Occupancy(nn.Module):
-    """Which cells of a box may hold something: a moving maximum of the density in a grid of ``side``^3 cells.
+    """Which cells of a box may hold something: a moving maximum of the density in a grid of ``side``^3 cells, above
+    ``threshold``, 1 / half a side of the box.
 
     All of its state are buffers, its random points a function of how often it was updated.
     """
@@ -26,7 +27,7 @@ class Occupancy(nn.Module):
 
     def __init__(self, box: Box, side: int = 32, threshold: float = 0.5, decay: float = 0.9):
         super().__init__()
-        self.box, self.side, self.threshold, self.decay = box, side, threshold, decay
+        self.box, self.side, self.threshold, self.decay = box, side, threshold / box.half, decay
         self.register_buffer("peak", torch.zeros(side, side, side))
         self.register_buffer("cells", torch.ones(side, side, side, dtype=torch.bool))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -58,13 +59,10 @@ def sampled(field: Field, scaled: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rays:
-    """What rays (R,) meet. ``colour`` (R, 3) premultiplied by ``opacity`` (R,); ``weights`` (R, S) of the samples;
-    ``depth`` (R,), the mean distance of what was met, infinite where nothing was."""
+    """What rays (R,) meet: ``colour`` (R, 3) premultiplied by ``opacity`` (R,)."""
 
     colour: Tensor
     opacity: Tensor
-    weights: Tensor
-    depth: Tensor
 
 
 def span(box: Box, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,8 +85,27 @@ def render(
     """March rays (R, 3) in ``samples`` equal steps through the field's box (NeRF, arXiv 2003.08934, Eq. 3).
 
     ``jitter`` (R,) in [0, 1) places the samples within their steps; None: in the middle. Samples in empty cells are
-    left out.
+    left out. Where no gradient is wanted, a few rays are marched at a time.
     """
+    if torch.is_grad_enabled():
+        return _march(field, origins, directions, samples, occupancy, jitter)
+    each = max(1, CHUNK // samples)
+    jitters = repeat(None) if jitter is None else jitter.split(each)
+    parts = [
+        _march(field, start, heading, samples, occupancy, shift)
+        for start, heading, shift in zip(origins.split(each), directions.split(each), jitters, strict=False)
+    ]
+    return Rays(torch.cat([part.colour for part in parts]), torch.cat([part.opacity for part in parts]))
+
+
+def _march(
+    field: Field,
+    origins: Tensor,
+    directions: Tensor,
+    samples: int,
+    occupancy: Occupancy | None,
+    jitter: Tensor | None,
+) -> Rays:
     near, far, meets = span(field.box, origins, directions)
     near, far = torch.where(meets, near, 0.0), torch.where(meets, far, 0.0)
     count = len(origins)
@@ -107,11 +124,4 @@ def render(
     depth = density.view(count, samples) * step[:, None]
     through = torch.exp(depth - depth.cumsum(1))
     weights = through * -torch.expm1(-depth)
-    opacity = weights.sum(1)
-    mean = (weights * distance).sum(1) / opacity.clamp(min=1e-6)
-    return Rays(
-        (weights[..., None] * colour.view(count, samples, 3)).sum(1),
-        opacity,
-        weights,
-        torch.where(opacity > 1e-3, mean, math.inf),
-    )
+    return Rays((weights[..., None] * colour.view(count, samples, 3)).sum(1), weights.sum(1))
