@@ -25,6 +25,7 @@ from distill.trainer import Trainer
 from eval.scene import Options
 from models.condition import Condition
 from models.errors import UserError
+from models.scene.captions import VOCABULARY
 from models.scene.memory import SHARE, rendering_bytes
 from models.scene.particles import Fields
 from models.scene.saved import SceneSpec
@@ -390,8 +391,10 @@ def test_unknown_words_are_named(base: Path):
 
 
 def test_unknown_words_for_views_are_named(base: Path):
+    known = [word for word in VOCABULARY if word not in ("seen", "from", "0", "degrees")]
+    teacher = save_sana(base / "knows-no-views", vocabulary=known)
     method = {"cameras": {"elevation": [0, 20], "view_words": "degrees"}, "stage": "volume"}
-    config = Config.model_validate(values(base, Path("embedded:solids_control"), "views", **method))
+    config = Config.model_validate(values(base, teacher, "views", **method))
     with pytest.raises(UserError, match=r"method\.cameras\.view_words: .* words: seen, from, 0, degrees"):
         build_scene.build_stage(config, config.method)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def save_network(folder: Path, sigma_init: float | None, seed: int, size: int = 
     return folder
 
 
-def save_sana(folder: Path, side: int = 8, depth: int = 2, seed: int = 0) -> Path:
+def save_sana(
+    folder: Path, side: int = 8, depth: int = 2, seed: int = 0, vocabulary: Sequence[str] = captions.VOCABULARY
+) -> Path:
     """A tiny random Sana teacher as SanaPipeline's folder."""
     torch.manual_seed(seed)
-    tokenizer = sana.new_tokenizer(captions.VOCABULARY, 16)
+    tokenizer = sana.new_tokenizer(vocabulary, 16)
     text_encoder, vae = sana.new_text_encoder(len(tokenizer), 32, 1, 16), sana.new_autoencoder([16, 32], 4, 1)
     network = sana.SanaNetwork(sana.new_transformer(4, side, 32, depth, 32))
     sana.SanaSpec(tokenizer, text_encoder, vae, (4, side, side), examples=("a cube",)).save(folder, network, "")
