@@ -43,6 +43,23 @@ def test_creases_like_flat_sides_with_sharp_edges_better_than_round_ones():
     assert bumpy.creases() > 2 * sharp.creases()
 
 
+def test_gradients_of_a_mesh_are_the_same_each_time_with_several_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        places, cells, weights = lattice(40), tetrahedra(40), torch.randn(3, 64, 64)
+        found = []
+        for _ in range(8):
+            distance = (places.norm(dim=1) - 0.6).requires_grad_()
+            mesh = marching_tetrahedra(places, distance, cells)
+            raster = rasterise(mesh, mesh.vertex_normals(), Camera(30, 20, 4, 40), 64)
+            (mesh.creases() + (raster.attributes * weights).sum() + raster.coverage.sum()).backward()
+            found.append(distance.grad)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_tetrahedra_fill_the_box_with_one_hand():
     corners = lattice(3)[tetrahedra(3)]
     volumes = torch.linalg.det(corners[:, 1:] - corners[:, :1]) / 6

@@ -14,6 +14,11 @@ EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 """Of a tetrahedron, by its corners."""
 
 
+def at(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]``, whose gradient on the CPU is summed in one order however many threads there are."""
+    return values.index_select(0, index.flatten()).view(*index.shape, *values.shape[1:])
+
+
 @dataclass(frozen=True)
 class Mesh:
     """``vertices`` (V, 3) in world units and ``faces`` (F, 3) int64, counter-clockwise seen from outside."""
@@ -23,12 +28,12 @@ class Mesh:
 
     def face_normals(self) -> Tensor:
         """Unit (F, 3), outwards."""
-        a, b, c = self.vertices[self.faces].unbind(1)
+        a, b, c = at(self.vertices, self.faces).unbind(1)
         return F.normalize(torch.linalg.cross(b - a, c - a), dim=1, eps=1e-12)
 
     def vertex_normals(self) -> Tensor:
         """Unit (V, 3): the faces' around a vertex, weighted by their areas."""
-        a, b, c = self.vertices[self.faces].unbind(1)
+        a, b, c = at(self.vertices, self.faces).unbind(1)
         weighted = torch.linalg.cross(b - a, c - a)
         total = torch.zeros_like(self.vertices)
         for corner in range(3):
@@ -37,7 +42,7 @@ class Mesh:
 
     def volume(self) -> Tensor:
         """Enclosed volume, a scalar; positive where the faces look outwards."""
-        a, b, c = self.vertices[self.faces].unbind(1)
+        a, b, c = at(self.vertices, self.faces).unbind(1)
         return (a * torch.linalg.cross(b, c)).sum() / 6
 
     def neighbours(self) -> Tensor:
@@ -52,8 +57,8 @@ class Mesh:
     @functools.cached_property
     def bends(self) -> Tensor:
         """(E,): squared length of the difference of neighbouring faces' normals, which is 2 (1 - cosine)."""
-        normals, pairs = self.face_normals(), self.neighbours()
-        return (normals[pairs[:, 0]] - normals[pairs[:, 1]]).square().sum(1)
+        one, other = at(self.face_normals(), self.neighbours()).unbind(1)
+        return (one - other).square().sum(1)
 
     def creases(self) -> Tensor:
         """Angle between neighbouring faces' normals as the length of their difference, averaged: the total variation
@@ -118,8 +123,10 @@ def marching_tetrahedra(places: Tensor, distance: Tensor, cells: Tensor) -> Mesh
         corners = keys.gather(1, triangles.clamp(min=0).flatten(1)).view(-1, 2, 3)[real]
         used, faces = corners.unique(return_inverse=True)
         a, b = used // len(places), used % len(places)
-    share = (distance[a] / (distance[a] - distance[b]))[:, None]
-    return Mesh(torch.lerp(places[a], places[b], share), faces)
+    ends = torch.stack([a, b])
+    (its_distance, other_distance), (place, other_place) = at(distance, ends), at(places, ends)
+    share = (its_distance / (its_distance - other_distance))[:, None]
+    return Mesh(torch.lerp(place, other_place, share), faces)
 
 
 @torch.no_grad()

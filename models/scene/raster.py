@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models.scene import nvdiffrast_backend
 from models.scene.cameras import Camera
-from models.scene.mesh import Mesh
+from models.scene.mesh import Mesh, at
 
 PAIRS = 1 << 21
 """Pixels times edges that are compared at once."""
@@ -98,7 +98,7 @@ def _coverage(places: Tensor, faces: Tensor, covered: Tensor) -> Tensor:
                 for part in points.split(max(1, PAIRS // len(start)))
             ]
         )
-    distance = _distance(points, places[start[nearest]], places[end[nearest]])
+    distance = _distance(points, at(places, start[nearest]), at(places, end[nearest]))
     sign = covered.flatten()[band] * 2 - 1
     return covered.flatten().index_put((band,), (0.5 + sign * distance).clamp(0, 1))
 
@@ -118,9 +118,9 @@ def _draw(mesh: Mesh, attributes: Tensor, camera: Camera, size: int, smooth: boo
     pixels = (visible >= 0).nonzero().squeeze(1)
     corners = mesh.faces[visible[pixels]]
     centres = torch.stack([pixels % size, torch.div(pixels, size, rounding_mode="floor")], 1) + 0.5
-    weights = barycentric(places[corners], centres) / depth[corners]
+    weights = barycentric(at(places, corners), centres) / at(depth, corners)
     weights = weights / weights.sum(1, keepdim=True)
-    values = (attributes[corners] * weights[..., None]).sum(1)
+    values = (at(attributes, corners) * weights[..., None]).sum(1)
     image = values.new_zeros(size**2, attributes.shape[1]).index_put((pixels,), values)
     coverage = (visible >= 0).to(image.dtype).view(size, size)
     if smooth and len(pixels):
