@@ -30,7 +30,7 @@ from models.multi_student import MultiStudent, Quadrants, assemble, consecutive,
 from models.process import EDM
 from models.seeds import Draws
 from tests.analytic import ExactNetwork, Mixture, relative_error, student_nodes, vector
-from tests.tiny import save_network, settings, train, write_settings
+from tests.tiny import save_network, settings, torch_threads, train, write_settings
 
 # ---------------------------------------------------------------------------------------------------- partitions
 
@@ -221,15 +221,11 @@ def test_a_mixed_batch_goes_to_its_students(several: Path) -> None:
 
 
 def test_threads_begun_later_keep_their_share(several: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         z = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
         MultiStudent(several / "student").generate(z, Condition(class_ids=torch.tensor([0, 4, 7])))
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_at_most_as_many_are_loaded_as_allowed(several: Path) -> None:

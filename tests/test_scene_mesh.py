@@ -21,6 +21,7 @@ from models.scene.raster import Raster, rasterise
 from models.scene.solids import unit_sdf
 from models.scene.surface import Geometry, find_threshold, surface
 from models.scene.volume import Occupancy
+from tests.tiny import torch_threads
 
 
 def ball(cells: int = 16, radius: float = 0.6) -> Mesh:
@@ -44,9 +45,7 @@ def test_creases_like_flat_sides_with_sharp_edges_better_than_round_ones():
 
 
 def test_gradients_of_a_mesh_are_the_same_each_time_with_several_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         places, cells, weights = lattice(40), tetrahedra(40), torch.randn(3, 64, 64)
         found = []
         for _ in range(8):
@@ -56,8 +55,6 @@ def test_gradients_of_a_mesh_are_the_same_each_time_with_several_threads():
             (mesh.creases() + (raster.attributes * weights).sum() + raster.coverage.sum()).backward()
             found.append(distance.grad)
         assert all(torch.equal(found[0], other) for other in found[1:])
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_tetrahedra_fill_the_box_with_one_hand():

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ def save_network(folder: Path, sigma_init: float | None, seed: int, size: int = 
     spec = Spec(4, classes, 1, size, 0.5, sigma_init, NAMES[:classes])
     spec.save(folder, network, "")
     return folder
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for this and every thread begun meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save_sana(
