@@ -31,7 +31,7 @@ import yaml
 
 from eval import fid
 from eval.benchmark import dry_run
-from eval.features import Protocol, load_extractor
+from eval.features import Protocol, load_extractor, weights_digest
 from eval.reference import load_reference
 from models import teachers
 from models.errors import UserError, run_command
@@ -153,7 +153,7 @@ class Record:
         student = self.folder / "student"
         spec, judge = teachers.load_class_conditional(student)[1], load_extractor("fd_fmnist_cnn", "cpu")
         rules = fid.protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
-        key = f"{rules.digest()} {fid.weights_digest(student)}"
+        key = f"{rules.digest()} {weights_digest(student)}"
         if self.values.get("scored") != key:
             result = fid.evaluate(student, teachers.resolve(settings["teacher"]["path"]), num_images, timed=False)
             self.values |= {"scored": key, "scores": result["scores"]}

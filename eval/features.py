@@ -53,6 +53,22 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def network_folder(folder: Path) -> Path:
+    """Where the network's weights are in an exported folder."""
+    return folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the network's weights in ``folder``; of several files or students, that of all in their order."""
+    digests = []
+    for place in [folder, *sorted(folder.glob("student_[0-9]*"), key=lambda path: (len(path.name), path.name))]:
+        files = sorted(network_folder(place).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{network_folder(place)} holds no .safetensors file")
+        digests += [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 class Extractor(typing.Protocol):
     """Pictures to features. ``sha256`` is that of the weights file, ``resize`` what happens to a picture before it."""
 

@@ -33,6 +33,8 @@ from eval.features import (
     extract,
     file_digest,
     load_extractor,
+    network_folder,
+    weights_digest,
 )
 from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images, painted
@@ -132,17 +134,12 @@ class Score:
 # ----------------------------------------------------------------------------------------------------- folders
 
 
-def _network(folder: Path) -> Path:
-    """Where the network's weights are in an exported folder."""
-    return folder / ("transformer" if (folder / "transformer").is_dir() else "unet")
-
-
 def student_folder(path: Path) -> Path:
     """The exported student that ``path`` is or has; UserError if there is none."""
     if not path.is_dir():
         raise UserError(f"--student: there is no folder {path}")
     for folder in (path, path / "student"):
-        if (folder / "model_index.json").is_file() and _network(folder).is_dir():
+        if (folder / "model_index.json").is_file() and network_folder(folder).is_dir():
             return folder
     if (path / "config.yaml").is_file():
         raise UserError(
@@ -177,17 +174,6 @@ def load_student(folder: Path, device: torch.device) -> tuple[Sampler, ClassSpec
         return Sampler.student(spec.one_step(denoiser.to(device)).eval()), spec
     several = MultiStudent(folder, device=device)
     return Sampler(f"{len(several)} students, 1 step", 1, lambda z, cond, _noise: several.generate(z, cond)), spec
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the network's weights in ``folder``; of several files or students, that of all in their order."""
-    digests = []
-    for place in [folder, *sorted(folder.glob("student_[0-9]*"), key=lambda path: (len(path.name), path.name))]:
-        files = sorted(_network(place).glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{_network(place)} holds no .safetensors file")
-        digests += [file_digest(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ scores

@@ -15,8 +15,7 @@ import tyro
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from eval.features import quantize
-from eval.fid import weights_digest
+from eval.features import quantize, weights_digest
 from eval.machine import place_of
 from models import teachers
 from models.condition import Condition

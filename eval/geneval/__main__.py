@@ -189,8 +189,7 @@ def judge_folders(options: Options, output: Path) -> None:
         count = options.each * len(asked)
         for name, paints in painters(options).items():
             folders[name] = output / file_name(name) / "images"
-            painted[name] = paints.identity | {"seed": options.seed, "each": options.each}
-            folder.paint(
+            painted[name] = folder.paint(
                 paints, asked, folders[name], options.each, options.seed, rank, world, identity=paints.identity
             )
     found: dict[str, dict[str, Any]] = {}
@@ -198,8 +197,7 @@ def judge_folders(options: Options, output: Path) -> None:
     known: dict[str, dict[str, Any]] = {}
     for name, pictures in folders.items():
         own = output if options.images else output / file_name(name)
-        known = folder.judge_folder(pictures, by, own, rank, world, count)
-        whole = count or len(folder.pictures(pictures))
+        known, whole = folder.judge_folder(pictures, by, own, rank, world, count)
         if len(known) < whole:
             print(
                 f"{name}: {len(known)} of {whole} pictures are judged: the other processes, or the same command, go on"

@@ -69,16 +69,17 @@ def paint(
     world: int = 1,
     *,
     identity: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Write ``each`` pictures of every prompt that process ``rank`` of ``world`` has to paint, those that are missing.
 
     Picture k of prompt p has the noise of seed ``seed + each * p + k``. ``identity`` says whose pictures they are:
-    UserError for a folder that holds another's.
+    UserError for a folder that holds another's. Returns what paint.json holds.
     """
     stamp = folder / "paint.json"
     if not stamp.is_file() and next(folder.glob("*/samples/*.png"), None) is not None:
         raise UserError(f"{folder} holds pictures, and no paint.json says whose: give another folder")
-    require_same(stamp, {**identity, "each": each, "seed": seed}, "pictures of another painter")
+    whose = {**identity, "each": each, "seed": seed}
+    require_same(stamp, whose, "pictures of another painter")
     for index in tqdm(range(rank, len(asked), world), desc="paint", unit="prompt", disable=rank > 0):
         metadata = asked[index]
         own = folder / f"{index:05d}"
@@ -96,6 +97,7 @@ def paint(
             temporary = target.with_suffix(".partial")
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
             temporary.replace(target)
+    return whose
 
 
 def pictures(folder: Path, rank: int = 0, world: int = 1) -> list[Picture]:
@@ -159,13 +161,15 @@ def read_records(output: Path) -> dict[str, dict[str, Any]]:
 
 def judge_folder(
     folder: Path, by: Judge, output: Path, rank: int = 0, world: int = 1, count: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Verdicts by picture, those that are there and those that process ``rank`` of ``world`` makes now.
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Verdicts by picture, those that are there and those that process ``rank`` of ``world`` makes now, and how many
+    pictures there are to judge.
 
     With ``count``, as many pictures are being painted by all processes, and each judges those that it painted.
     """
     mine = pictures(folder) if count is None else pictures(folder, rank, world)
-    stated = by.protocol | {"options": asdict(by.options), "pictures": len(mine) if count is None else count}
+    whole = len(mine) if count is None else count
+    stated = by.protocol | {"options": asdict(by.options), "pictures": whole}
     require_same(output / "protocol.json", stated, "verdicts of another protocol")
     done = read_records(output)
     mine = [picture for picture in (mine[rank::world] if count is None else mine) if picture.name not in done]
@@ -177,7 +181,7 @@ def judge_folder(
             record = {"picture": picture.name} | verdict(image, by(image[None])[0], picture.metadata, by)
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
-    return read_records(output)
+    return read_records(output), whole
 
 
 def _ends_a_line(file: Any) -> bool:
