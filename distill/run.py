@@ -42,9 +42,8 @@ from models.teachers.embedded import PatchUNet, read_spec
 STOPPED = 130
 """Exit status after SIGTERM or Ctrl-C; everything is saved."""
 
-FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"} | {
-    f"method.export.{name}" for name in ("faces", "texture", "frames", "size")
-}
+FREE_KEYS = {"output", "evaluation", "method.only", "push_to_hub"}
+FREE_KEYS |= {f"method.export.{name}" for name in ("faces", "texture", "frames", "size")}
 FREE_KEYS |= {
     f"train.{name}"
     for name in (
