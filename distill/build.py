@@ -68,6 +68,7 @@ from distill.settings import (
     UniInstruct,
 )
 from distill.stored import Stored, cached
+from eval.binding import Binding
 from models import autoencoder
 from models.adapters import Adapted, checkpointed
 from models.autoencoder import PictureSpec
@@ -125,6 +126,11 @@ def _has_classes(config: Config) -> bool:
     return isinstance(config.data, HFData) and config.data.caption_column is None
 
 
+def _reads_latents(method: Any) -> bool:
+    """Whether a method can learn from latents in the place of pictures."""
+    return not isinstance(method, Autoencoder) and (not isinstance(method, Pretrain) or method.sana is not None)
+
+
 def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, Shape | None, list[str]]:
     """Supply of pictures, their shape (C, H, W) and class names; None, None and [] without pictures."""
     data, seed = config.data, config.train.seed
@@ -149,11 +155,11 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 return StreamedPictures(dataset, size, shape, columns), shape, names
             pictures = HFPictures(dataset, shape, columns)
         case SolidsData():
-            pictures = SolidsPictures(data.count, data.size, data.turntable, data.workers, data.keep)
+            pictures = SolidsPictures(data.count, data.size, data.turntable, data.pairs, data.workers, data.keep)
         case ConditionsOnly():
             return None, None, []
         case PrecomputedData():
-            if config.method.kind in ("pretrain", "autoencoder"):
+            if not _reads_latents(config.method):
                 raise UserError(f"data.kind: `{config.method.kind}` learns from pictures, not from their latents")
             pictures = Stored(data.path)
             if not pictures.pictures:
@@ -214,29 +220,17 @@ def _autoencoder(settings: Autoencoder, shape: Shape | None, stream: Stream | No
     return AutoencoderTraining(settings, vae, (settings.latent_channels, side, side), examples), PictureSpec(shape)
 
 
-def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> tuple[Method, base.Spec]:
-    """A new miniature Sana for the solids world's words."""
-    if not isinstance(config.data, SolidsData):
-        raise UserError("data.kind: a text-to-image teacher learns from pictures with captions: choose solids")
+def sana_spec(sizes: SanaSize, picture: Shape) -> SanaSpec:
+    """All of a new miniature Sana but its transformer; ``picture`` is the shape of the data's. UserError if autoencoder
+    or text encoder are missing or do not fit."""
     vae = autoencoder.load(sizes.autoencoder)
-    if shape[1] % vae.spatial_compression_ratio:
-        raise UserError(
-            f"data.size: {shape[1]} is not a multiple of {vae.spatial_compression_ratio}, the autoencoder's"
-        )
-    side, channels = shape[1] // vae.spatial_compression_ratio, vae.config["latent_channels"]
+    ratio = vae.spatial_compression_ratio
+    if picture[1] % ratio:
+        raise UserError(f"data.size: {picture[1]} is not a multiple of {ratio}, the autoencoder's")
     tokenizer = sana.new_tokenizer(captions.VOCABULARY, sizes.max_length)
-    text_encoder = sana.new_text_encoder(len(tokenizer), sizes.text_width, sizes.text_depth, sizes.max_length)
-    transformer = sana.new_transformer(channels, side, sizes.width, sizes.depth, sizes.text_width)
-    if sizes.start is not None:
-        other, its_spec = load(sizes.start)
-        if not isinstance(its_spec, SanaSpec):
-            raise UserError(f"method.sana.start: {sizes.start} is asked for classes, not for prompts")
-        try:
-            transformer.load_state_dict(cast(SanaNetwork, other.network).transformer.state_dict())
-            if sizes.text_encoder is None:
-                text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
-        except RuntimeError as error:
-            raise UserError(f"method.sana.start: {sizes.start} has networks of other sizes") from error
+    text_encoder: nn.Module = sana.new_text_encoder(
+        len(tokenizer), sizes.text_width, sizes.text_depth, sizes.max_length
+    )
     if sizes.text_encoder is not None:
         weights = sizes.text_encoder / "text_encoder" / "model.safetensors"
         try:
@@ -245,10 +239,34 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
             raise UserError(
                 f"method.sana.text_encoder: {weights} is missing or of other sizes: `python -m distill.text_encoder`"
             ) from error
-    network = sana.SanaNetwork(transformer, text_encoder)
     examples = tuple(m["prompt"] for m in captions.prompts(captions.EVALUATION, EXAMPLES))
-    spec = SanaSpec(tokenizer, text_encoder, vae, (channels, side, side), 1.0, examples=examples, joint=True)
-    return Pretraining(settings, sana.denoiser(network, 1.0)), spec
+    shape = (vae.config["latent_channels"], picture[1] // ratio, picture[1] // ratio)
+    return SanaSpec(tokenizer, text_encoder.eval(), vae, shape, 1.0, examples=examples)
+
+
+def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> tuple[Method, base.Spec]:
+    """A new miniature Sana for the solids world's words. Its text encoder is trained too, unless the data bring its
+    embeddings."""
+    if not isinstance(config.data, SolidsData | PrecomputedData):
+        raise UserError("data.kind: a text-to-image teacher learns from pictures with captions: choose solids")
+    spec = sana_spec(sizes, shape)
+    transformer = sana.new_transformer(spec.shape[0], spec.shape[1], sizes.width, sizes.depth, sizes.text_width)
+    if sizes.start is not None:
+        other, its_spec = load(sizes.start)
+        if not isinstance(its_spec, SanaSpec):
+            raise UserError(f"method.sana.start: {sizes.start} is asked for classes, not for prompts")
+        try:
+            transformer.load_state_dict(cast(SanaNetwork, other.network).transformer.state_dict())
+            if sizes.text_encoder is None:
+                spec.text_encoder.load_state_dict(its_spec.text_encoder.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"method.sana.start: {sizes.start} has networks of other sizes") from error
+    if isinstance(config.data, PrecomputedData):
+        spec.text_encoder.requires_grad_(False)
+        Stored(config.data.path).check(spec, f"{sizes.autoencoder} with {sizes.text_encoder}")
+        return Pretraining(settings, sana.denoiser(SanaNetwork(transformer), 1.0), binding=Binding(spec)), spec
+    network, spec = SanaNetwork(transformer, spec.text_encoder.train()), replace(spec, joint=True)
+    return Pretraining(settings, sana.denoiser(network, 1.0), binding=Binding(spec)), spec
 
 
 def _pretraining(

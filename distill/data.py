@@ -326,10 +326,18 @@ class HFPictures:
 class SolidsPictures:
     """The solids world: scene i depends on i alone. Captions kept for evaluation are in no scene."""
 
-    def __init__(self, count: int, size: int = 64, turntable: float = 0.0, workers: int = 0, keep: bool = False):
+    def __init__(
+        self,
+        count: int,
+        size: int = 64,
+        turntable: float = 0.0,
+        pairs: float = 0.0,
+        workers: int = 0,
+        keep: bool = False,
+    ):
         self.count, self.shape, self.workers = count, (3, size, size), workers
         self.class_names: list[str] = []
-        self.world = Solids(size, captions.held_out(), turntable)
+        self.world = Solids(size, captions.held_out(), turntable, pairs)
         self._kept: dict[int, tuple[Tensor, str]] | None = {} if keep else None
         self._pool = None
         if workers:

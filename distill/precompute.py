@@ -17,9 +17,9 @@ from typing import Any, Literal
 import tyro
 
 from distill import stored
-from distill.build import build_stream, load_teacher, read_prompts
+from distill.build import build_stream, load_teacher, read_prompts, sana_spec
 from distill.data import Pictures, ShuffledStream
-from distill.settings import ConditionsOnly, Config, PrecomputedData, check, override, read_values
+from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, SanaSize, check, override, read_values
 from models.errors import UserError, run_command
 from models.teachers.base import ClassSpec, TextSpec
 from models.teachers.pipeline import Latents, Stock
@@ -33,7 +33,7 @@ class Options:
     output: tyro.conf.Positional[Path]
     """Folder for the shards."""
     config: Path
-    """Configuration of a run with a teacher and pictures, or prompts alone."""
+    """Configuration of a run with a teacher, or for a new Sana (method.sana), and pictures, or prompts alone."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Numbers on disk. float16 is the finer, bfloat16 has the wider range."""
     count: int | None = None
@@ -69,6 +69,23 @@ def _scaling(spec: ClassSpec | TextSpec) -> dict[str, Any]:
             return {}
 
 
+def _encoders(
+    config: Config, shape: tuple[int, int, int] | None, names: list[str]
+) -> tuple[str, int | None, ClassSpec | TextSpec]:
+    """The name of what encodes, its tokens of a prompt, and its spec: a teacher's, or that of one still to be made."""
+    match config.method:
+        case Pretrain(sana=SanaSize() as sizes):
+            if shape is None:
+                raise UserError("data.kind: a new teacher learns from pictures, of which conditions_only has none")
+            if sizes.text_encoder is None:
+                raise UserError("method.sana.text_encoder: missing; embeddings are of one that is trained already")
+            return f"{sizes.autoencoder} with {sizes.text_encoder}", sizes.max_length, sana_spec(sizes, shape)
+        case _:
+            spec = load_teacher(config, shape, names)[1]
+            assert config.teacher is not None
+            return config.teacher.path, config.teacher.tokens, spec
+
+
 def main(options: Options, keys: Sequence[str] = ()) -> None:
     if min(options.batch, options.per_shard, 1 if options.count is None else options.count) < 1:
         raise UserError("--batch, --per-shard and --count must be at least 1")
@@ -76,15 +93,14 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
     if config.teacher is not None:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": None})})
     source, shape, names = _source(config)
-    spec = load_teacher(config, shape, names)[1]
-    assert config.teacher is not None
+    teacher, tokens, spec = _encoders(config, shape, names)
     if isinstance(spec, TextSpec) and spec.control is not None:
-        raise UserError(f"teacher.path: {config.teacher.path} follows lines, which are drawn from pictures in training")
+        raise UserError(f"teacher.path: {teacher} follows lines, which are drawn from pictures in training")
     if isinstance(spec, ClassSpec) and shape is None:
-        raise UserError(f"data.kind: {config.teacher.path} knows classes, of which there is nothing to encode")
+        raise UserError(f"data.kind: {teacher} knows classes, of which there is nothing to encode")
     facts = {
-        "teacher": config.teacher.path,
-        "tokens": config.teacher.tokens,
+        "teacher": teacher,
+        "tokens": tokens,
         "scaling": _scaling(spec),
         "dtype": options.dtype,
         "count": min(len(source), options.count or len(source)),
@@ -96,7 +112,7 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
     state, device = stored.processes()
     stored.run(stored.Writer(options.output, spec, source, facts, device), state)
     if state.is_main_process:
-        print(f"{options.output}: {facts['count']} samples of {config.teacher.path} in {options.dtype}")
+        print(f"{options.output}: {facts['count']} samples of {teacher} in {options.dtype}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 
-from distill import build_scene, parallel
+from distill import build_scene, parallel, precision
 from distill.build import build_method, build_stream, class_teacher
 from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
@@ -63,6 +63,7 @@ FREE_KEYS |= {
 
 def build(config: Config) -> Trainer:
     """The trainer of ``config``, everything on its device, at step 0."""
+    config, _ = with_precision(config)
     if missing := set(config.train.trackers) - set(map(str, get_available_trackers())):
         raise UserError(f"train.trackers: {min(missing)} is not installed: pip install {min(missing)}")
     torch.manual_seed(config.train.seed)
@@ -132,6 +133,13 @@ def check_output(folder: Path) -> None:
         raise UserError(f"output: {folder} cannot be written ({error.strerror}): choose another --output") from error
 
 
+def with_precision(config: Config) -> tuple[Config, str]:
+    """``config`` with ``train.mixed_precision: auto`` decided, and why; a run that is there keeps its own."""
+    known = (config.output / "config.yaml").is_file()
+    before = (read_run(config.output).get("train") or {}).get("mixed_precision") if known else None
+    return precision.resolved(config, PartialState(cpu=not torch.accelerator.is_available()).device, before)
+
+
 def check_same_run(config: Config) -> None:
     """UserError if the run folder belongs to a run with other settings."""
     path = config.output / "config.yaml"
@@ -161,6 +169,7 @@ def train(config: Config) -> int:
     if config.push_to_hub is not None:
         check_token(config.push_to_hub)
     check_output(config.output)
+    config, _ = with_precision(config)
     if isinstance(config.method, MultiStudent):
         return train_students(config, config.method)
     if isinstance(config.method, SceneDistillation) and config.method.stage is None:
@@ -343,7 +352,11 @@ def dry_run(config: Config) -> int:
     """Print the resolved configuration and an estimate, from two steps really made on this device."""
     from distill.estimate import estimate
 
+    asked = config.train.mixed_precision
+    config, reason = with_precision(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if asked == "auto":
+        print(f"train.mixed_precision: auto is {config.train.mixed_precision}: {reason}\n")
     if isinstance(config.method, SceneDistillation):
         print(json.dumps(_scene_estimate(config, config.method), indent=2))
         return 0

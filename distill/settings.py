@@ -100,6 +100,8 @@ class SolidsData(Schema):
     """Side in pixels."""
     turntable: float = Field(default=0.0, ge=0, le=1)
     """Share of pictures of one solid in the middle, from all sides, whose captions say from where."""
+    pairs: float = Field(default=0.0, ge=0, le=1)
+    """Share of the others that show two solids named apart, the hardest captions; the rest are of any of six tasks."""
     workers: int = Field(default=0, ge=0)
     """Processes that render; 0: this one."""
     keep: bool = False
@@ -196,8 +198,8 @@ class Train(Schema):
     """Pictures per student step over all processes and accumulation steps."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     """Micro-batches that one turn is split into."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast over float32 master weights."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """bf16: autocast over float32 master weights; auto: bf16 where the device computes in it, else no."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

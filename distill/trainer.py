@@ -218,11 +218,12 @@ class Trainer:
         return self.step >= train.steps
 
     def _sample(self) -> None:
-        """By the first process; by all, where each has a part of the networks."""
+        """Diagnostics, and a grid by the first process; by all, where each has a part of the networks."""
         main = self.accelerator.is_main_process
-        if main or self.config.train.parallel == "fsdp2":
-            self.bare["student"].eval()  # until its next turn
-            with self.ema_weights():
+        self.bare["student"].eval()  # until its next turn
+        with self.ema_weights():
+            self.metrics.add(self.method.diagnose())
+            if main or self.config.train.parallel == "fsdp2":
                 self.preview.draw(self.method, self.step, write=main)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:

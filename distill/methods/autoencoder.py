@@ -82,6 +82,9 @@ class AutoencoderTraining:
     def reference(self, z: Tensor, cond: Condition, steps: int) -> Tensor:
         return self.examples.to(z.device)
 
+    def diagnose(self) -> Logs:
+        return {}
+
     def exported(self) -> nn.Module:
         self.network.vae.register_to_config(scaling_factor=1 / float(self.network.scale))
         return self.network.vae

@@ -55,6 +55,10 @@ class Method(Protocol):
         """The teacher's pictures from the same noise with ``steps`` steps; None if there is no teacher."""
         ...
 
+    def diagnose(self) -> Logs:
+        """What else tells whether the run is well; asked for with every sample grid, of the averaged weights."""
+        ...
+
     def exported(self) -> nn.Module:
         """The bare network whose weights are the result of the run."""
         ...

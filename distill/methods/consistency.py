@@ -220,6 +220,9 @@ class ConsistencyDistillation:
         scales = sorted(self.settings.guidance)
         return replace(cond, guidance=torch.full((len(z),), scales[len(scales) // 2], device=z.device))
 
+    def diagnose(self) -> Logs:
+        return {}
+
     def exported(self) -> nn.Module:
         denoiser = self.flow.denoiser
         return (denoiser.denoiser if isinstance(denoiser, Guided) else denoiser).network

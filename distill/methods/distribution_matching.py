@@ -221,5 +221,8 @@ class DistributionMatching:
     def reference(self, z: Tensor, cond: Condition, steps: int) -> Tensor:
         return heun(self.teacher, z, cond, steps)
 
+    def diagnose(self) -> Logs:
+        return {}
+
     def exported(self) -> nn.Module:
         return self.student.denoiser.network

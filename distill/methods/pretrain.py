@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from distill.losses import denoising_loss
 from distill.methods.base import Logs, Turn
 from distill.settings import Pretrain
+from eval.binding import Binding
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.student import heun
@@ -16,6 +17,7 @@ class Pretraining:
 
     With a ``teacher`` its denoising of the noised real picture is the target in the place of the picture itself.
     ``part`` calls the denoiser and has those of its parameters that are trained; None: all are.
+    ``binding`` measures whether it heeds which word of a caption belongs to which.
     """
 
     def __init__(
@@ -24,8 +26,9 @@ class Pretraining:
         denoiser: Denoiser,
         teacher: Guided | None = None,
         part: nn.Module | None = None,
+        binding: Binding | None = None,
     ):
-        self.settings, self.denoiser, self.teacher = settings, denoiser, teacher
+        self.settings, self.denoiser, self.teacher, self.binding = settings, denoiser, teacher, binding
         self.networks: dict[str, nn.Module] = {"student": part or denoiser}
         self.buffers: dict[str, nn.Module] = {}
         self.frozen: list[nn.Module] = [module for module in (teacher, part and denoiser) if module]
@@ -55,6 +58,12 @@ class Pretraining:
 
     def reference(self, z: Tensor, cond: Condition, steps: int) -> Tensor | None:
         return heun(self.teacher, z, cond, steps) if self.teacher else None
+
+    def diagnose(self) -> Logs:
+        if self.binding is None:
+            return {}
+        rises = self.binding.rises(self.denoiser)
+        return {f"binding/{name}": (values, torch.ones_like(values)) for name, values in rises.items()}
 
     def exported(self) -> nn.Module:
         return self.denoiser.network

@@ -235,5 +235,8 @@ class SceneDistillation(DistributionMatching):
     def reference(self, z: Tensor, cond: Condition, steps: int) -> None:
         return None
 
+    def diagnose(self) -> Logs:
+        return {}
+
     def exported(self) -> nn.Module:
         return self.generator

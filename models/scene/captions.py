@@ -14,10 +14,13 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 from models.errors import UserError
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+PAIRS = ("two_object", "position", "color_attr")
+"""The tasks whose captions name two solids apart."""
 SHAPES = ("cube", "sphere", "cylinder", "cone", "torus", "pyramid")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """GenEval's colours, in the order in which its judge lists them."""
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 VIEWS = ("front", "side", "back")
 TURN = 15

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.errors import UserError, run_command
 from models.scene.cameras import Camera, camera_to_world, rays
-from models.scene.captions import COLOURS, SHAPES, Metadata, Thing, describe, draw, pick, seen, things_of
+from models.scene.captions import COLOURS, PAIRS, SHAPES, Metadata, Thing, describe, draw, pick, seen, things_of
 from models.seeds import mix
 
 FLOOR = -0.8
@@ -261,16 +261,19 @@ def _arranged(rng: random.Random, metadata: Metadata, camera: Camera, scale: flo
     return tuple(solids)
 
 
-def sample_scene(seed: int, metadata: Metadata | None = None, exclude: Container[str] = ()) -> Scene:
-    """The scene of a seed (not negative): of a random caption that is not in ``exclude``, or of ``metadata``.
+def sample_scene(
+    seed: int, metadata: Metadata | None = None, exclude: Container[str] = (), tasks: Sequence[str] | None = None
+) -> Scene:
+    """The scene of a seed (not negative): of ``metadata``, or of a random caption that is not in ``exclude``, of one of
+    ``tasks`` (None: of any).
 
     It depends on nothing else: not on the batch, the picture size, the device or the version of torch.
     """
     if metadata is None:
         rng = random.Random(mix(seed, 0))
-        metadata = draw(rng)
+        metadata = draw(rng, tasks and pick(rng, tasks))
         while metadata["prompt"] in exclude:
-            metadata = draw(rng)
+            metadata = draw(rng, tasks and pick(rng, tasks))
     rng = random.Random(mix(seed, 1))
     uniform = lambda low, high: low + (high - low) * rng.random()
     camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))
@@ -503,20 +506,23 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
 class Solids:
     """The world as a source of training batches, ``size`` pixels a side, without the captions in ``exclude``.
 
-    In a share ``turntable`` of the pictures one solid is seen from all sides.
+    In a share ``turntable`` of the pictures one solid is seen from all sides. In a share ``pairs`` of the others there
+    are two solids, named apart (:data:`~models.scene.captions.PAIRS`); the rest are of any task.
     """
 
     size: int = 64
     exclude: frozenset[str] = frozenset()
     turntable: float = 0.0
+    pairs: float = 0.0
+
+    def _scene(self, seed: int) -> Scene:
+        if mix(seed, 2) < self.turntable * 2**63:
+            return sample_turntable(seed)
+        return sample_scene(seed, exclude=self.exclude, tasks=PAIRS if mix(seed, 4) < self.pairs * 2**63 else None)
 
     def batch(self, seeds: Sequence[int]) -> tuple[Tensor, list[Scene]]:
         """Pictures (B, 3, H, W) in [-1, 1] and scenes of the seeds."""
-        share = self.turntable * 2**63
-        scenes = [
-            sample_turntable(seed) if mix(seed, 2) < share else sample_scene(seed, exclude=self.exclude)
-            for seed in seeds
-        ]
+        scenes = [self._scene(seed) for seed in seeds]
         return render(scenes, self.size).images, scenes
 
     def captioned(self, seeds: Sequence[int]) -> tuple[Tensor, list[str]]:

@@ -400,7 +400,10 @@ def new_transformer(
 
 
 def new_text_encoder(vocabulary: int, width: int, depth: int, max_length: int, head_dim: int = 32) -> Gemma2Model:
-    """A Gemma 2 with random weights."""
+    """A Gemma 2 with random weights in which every token sees all others.
+
+    A causal one cannot tell the first solid of a caption what comes after it: its colour's rival, or the relation.
+    """
     heads = max(1, width // head_dim)
     sizes: dict[str, Any] = dict(
         vocab_size=vocabulary,
@@ -417,6 +420,7 @@ def new_text_encoder(vocabulary: int, width: int, depth: int, max_length: int, h
         bos_token_id=1,
         eos_token_id=1,
         attn_implementation="eager",
+        is_causal=False,
     )
     return Gemma2Model(Gemma2Config(**sizes))
 
