@@ -1,6 +1,7 @@
 """Train the detector that judges pictures of the solids world, on true renders, and say how often it is right.
 
-python -m distill.detector        # 17 minutes on one CPU core
+python -m distill.detector                   # 17 minutes on one CPU core
+python -m distill.detector --second          # the second judge: another network, seed and scenes
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from eval.features import REFERENCES, extract, quantize
 from eval.frechet import Statistics
 from eval.geneval import judge, summarize
 from eval.geneval.prompts import HELD_OUT, true_renders
-from eval.geneval.solids import OPTIONS, WEIGHTS, SolidsDetector, SolidsFeatures, SolidsNetwork, colour_of
+from eval.geneval.solids import (
+    OPTIONS,
+    SECOND,
+    WEIGHTS,
+    SecondNetwork,
+    SolidsDetector,
+    SolidsFeatures,
+    SolidsNetwork,
+    colour_of,
+)
 from eval.reference import Reference
 from models.errors import run_command
 from models.scene.captions import COLOURS, SHAPES, TASKS, prompts
@@ -35,6 +45,8 @@ class Options:
 
     output: Path = REFERENCES
     """Folder for solids_detector.safetensors and fd_solids.npz."""
+    second: bool = False
+    """The second judge, solids_detector_second.safetensors, which has no reference."""
     retrain: bool = False
     """Train even if the weights are there. New weights make a new metric."""
     steps: int = 2600
@@ -70,17 +82,23 @@ def blemish(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return (pictures * (0.92 + 0.16 * draw()) + 0.12 * (draw() - 0.5)).clamp(-1, 1)
 
 
-def train(options: Options) -> SolidsNetwork:
+OTHER_SCENES = 1 << 36
+"""First seed of the scenes that the second judge learns from."""
+
+
+def train(options: Options) -> SolidsNetwork | SecondNetwork:
     """Cross-entropy of shape and colour per pixel, AdamW with a linear decay."""
-    torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    network = SolidsNetwork().train()
+    seed = options.seed + options.second
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = (SecondNetwork() if options.second else SolidsNetwork()).train()
+    first = OTHER_SCENES if options.second else 0
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3, fused=True)
     with trange(options.steps, desc="detector", unit="step") as bar:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (step + 1) / 100, 1.02 - step / options.steps)
-            scenes = [sample_scene(step * options.batch + i) for i in range(options.batch)]
+            scenes = [sample_scene(first + step * options.batch + i) for i in range(options.batch)]
             made = render(scenes)
             shapes, colours = targets(scenes, made.index)
             logits = network(blemish(made.images, generator))
@@ -133,17 +151,23 @@ def make_reference(extractor: SolidsFeatures, count: int, batch: int = 250) -> R
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    weights = options.output / WEIGHTS.name
+    weights = options.output / (SECOND if options.second else WEIGHTS).name
     if options.retrain or not weights.is_file():
         network = train(options)
         save_file(network.state_dict(), weights)
-        tasks = measure(SolidsDetector(weights), options.test)
-        metadata = {"command": "python -m distill.detector", "steps": str(options.steps), "seed": str(options.seed)}
+        tasks = measure(SolidsDetector(weights, second=options.second), options.test)
+        metadata = {
+            "command": f"python -m distill.detector{' --second' if options.second else ''}",
+            "steps": str(options.steps),
+            "seed": str(options.seed),
+        }
         metadata |= {task: f"{share:.4f}" for task, share in tasks.items()} | {"torch": torch.__version__}
         save_file(network.state_dict(), weights, metadata)
         weights.chmod(0o644)
     with safe_open(weights, "pt") as stored:
         print("true renders judged right:", {task: stored.metadata()[task] for task in TASKS})
+    if options.second:
+        return
     reference = make_reference(SolidsFeatures(weights), options.reference)
     reference.save(options.output / f"{reference.name}.npz")
     print("floor by number of pictures:", {n: round(value, 4) for n, value in reference.floors.items()})

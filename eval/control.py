@@ -19,7 +19,7 @@ from tqdm.auto import trange
 
 from eval.features import quantize
 from eval.geneval.prompts import HELD_OUT
-from eval.geneval.solids import SolidsDetector
+from eval.geneval.solids import SIDE, SolidsDetector
 from eval.latency import Spread, now
 from eval.machine import environment, home_of
 from eval.text_to_image import Painter, painter
@@ -86,8 +86,8 @@ def measure(student: Painter, count: int, seed: int, batch: int) -> tuple[dict[s
     for start in trange(0, count, batch, desc="drawings", unit="batch"):
         part = asked[start : start + batch]
         scenes = [sample_scene(HELD_OUT + (1 << 30) + start + i, wanted) for i, wanted in enumerate(part)]
-        made = render(scenes)
-        truth, lines = (made.index >= 0), edges(made.images)
+        made, truth = render(scenes, student.spec.picture[1]), render(scenes, SIDE).index >= 0
+        lines = edges(made.images)
         texts, seeds = [m["prompt"] for m in part], range(start, start + len(part))
         real, drawn = quantize(made.images), student(texts, seeds, lines)
         blank = student(texts, seeds, torch.full_like(lines, NOTHING))
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
     if student.spec.control is None:
         raise UserError(f"--student: {options.student} has no controlnet/, so it follows no lines")
     shares, rows = measure(student, options.num_images, options.seed, options.batch)
-    picture = render([sample_scene(HELD_OUT)]).images
+    picture = render([sample_scene(HELD_OUT)], student.spec.picture[1]).images
     frame = frame_time(student, student.spec.examples[0], picture, options.repeats)
     folder = options.output or home_of(options.student) / "control"
     folder.mkdir(parents=True, exist_ok=True)

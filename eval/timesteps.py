@@ -21,7 +21,7 @@ import tyro
 from eval.features import extract
 from eval.frechet import frechet_distance
 from eval.geneval import judge
-from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
+from eval.geneval.solids import OPTIONS, SIDE, SolidsDetector, SolidsFeatures, colour_of
 from eval.reference import load_reference
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
@@ -147,7 +147,7 @@ def main(options: Options) -> None:
         raise UserError(f"--student: {options.student} is a teacher, which has no step times")
     if not isinstance(student.spec, SanaSpec):
         raise UserError(f"--student: {options.student} has the step times of its stock scheduler")
-    if student.spec.picture != (3, 64, 64):
+    if student.spec.picture[0] != 3 or student.spec.picture[1] % SIDE:
         raise UserError(f"--student: {options.student} makes {student.spec.picture}, not pictures of the solids world")
     sigma_data = student.spec.sigma_data
     latest = TrigFlowView(student.denoiser, sigma_data, sigma_data).process.t_max

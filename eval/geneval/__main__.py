@@ -87,10 +87,18 @@ class Result:
 
 
 def judge_pictures(
-    name: str, batches: Iterator[tuple[Sequence[Metadata], Tensor]], detector: SolidsDetector, features: SolidsFeatures
+    name: str,
+    batches: Iterator[tuple[Sequence[Metadata], Tensor]],
+    detector: SolidsDetector,
+    features: SolidsFeatures,
+    second: SolidsDetector | None = None,
 ) -> Result:
-    """Shares of right pictures by task with standard errors, and their distance from true renders."""
+    """Shares of right pictures by task with standard errors, and their distance from true renders.
+
+    Under ``second`` are the scores by another judge, if there is one.
+    """
     records: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     pictures: list[Tensor] = []
     for asked, images in batches:
         for wanted, found in zip(asked, detector(images), strict=True):
@@ -98,11 +106,13 @@ def judge_pictures(
             seen = [{"class": d.label, "color": d.colour, "box": d.box, "score": round(d.score, 4)} for d in found]
             record = {"index": len(records), "tag": wanted["tag"], "prompt": wanted["prompt"], "correct": correct}
             records.append(record | {"reason": reason, "found": seen})
+        for wanted, found in zip(asked, second(images) if second else (), strict=bool(second)):
+            others.append({"tag": wanted["tag"], "correct": judge(found, wanted, OPTIONS, colour_of)[0]})
         pictures.append(images)
     unseen = [r["correct"] for r in records if r["prompt"] in held_out()]
     made = torch.cat(pictures)
     fd = frechet_distance(extract(features, made.split(250)), load_reference(features.name).statistics)
-    found = scores(records) | {"fd_solids": fd}
+    found = scores(records) | {"fd_solids": fd} | ({"second": scores(others)} if others else {})
     if unseen:
         found |= {"unseen_prompts": sum(unseen) / len(unseen), "unseen_error": standard_error(unseen)}
     return Result(name, found, records, made)
@@ -133,6 +143,11 @@ def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
         unseen = f"{100 * s['unseen_prompts']:.1f}" if "unseen_prompts" in s else "-"
         distance = f"{s['fd_solids']:.3f}" if "fd_solids" in s else "-"
         lines.append(f"{name:<24}{share:>13}{unseen:>8}{distance:>11}{tasks}")
+        if "second" in s:
+            other = s["second"]
+            share = f"{100 * other['score']:.1f} ± {100 * other['error']:.1f}"
+            tasks = "".join(f"{100 * other['tasks'].get(t, float('nan')):>15.1f}" for t in TASKS)
+            lines.append(f"{'  by the second judge':<24}{share:>13}{'':>19}{tasks}")
     return "\n".join(lines)
 
 
@@ -157,14 +172,12 @@ def evaluate(options: Options, paints: Mapping[str, Painter], place: torch.devic
             f"--num-images: {options.num_images} is too few: give at least one for each of {len(TASKS)} tasks"
         )
     asked = prompts(EVALUATION, options.num_images)
-    detector, features = SolidsDetector(device=place), SolidsFeatures(device=place)
-    first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0])
-    results = [
-        judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), detector, features)
-    ]
+    by = SolidsDetector(device=place), SolidsFeatures(device=place), SolidsDetector(device=place, second=True)
+    size = max(paint.spec.picture[1] for paint in paints.values())
+    first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0], size)
+    results = [judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), *by)]
     for name, paint in paints.items():
-        made = batches(paint, asked, options.seed, options.batch, name)
-        results.append(judge_pictures(name, made, detector, features))
+        results.append(judge_pictures(name, batches(paint, asked, options.seed, options.batch, name), *by))
     return results
 
 
@@ -247,6 +260,7 @@ def main(options: Options) -> None:
             "prompts": f"captions.prompts({EVALUATION}, {options.num_images})",
             "seeds": f"{options.seed} .. {options.seed + options.num_images - 1}",
             "detector_sha256": SolidsDetector().sha256,
+            "second_detector_sha256": SolidsDetector(second=True).sha256,
             "guidance": {name: paint.guidance for name, paint in paints.items()},
             "reference_sha256": load_reference("fd_solids").sha256,
         },

@@ -12,6 +12,6 @@ HELD_OUT = 1 << 40
 """First seed of the scenes that nothing is trained on; training counts from 0."""
 
 
-def true_renders(asked: Sequence[Metadata], seed: int = HELD_OUT) -> Tensor:
-    """uint8 (B, 3, 64, 64): scenes of these prompts, picture i from ``seed + i``."""
-    return quantize(render([sample_scene(seed + i, wanted) for i, wanted in enumerate(asked)]).images)
+def true_renders(asked: Sequence[Metadata], seed: int = HELD_OUT, size: int = 64) -> Tensor:
+    """uint8 (B, 3, size, size): scenes of these prompts, picture i from ``seed + i``."""
+    return quantize(render([sample_scene(seed + i, wanted) for i, wanted in enumerate(asked)], size).images)

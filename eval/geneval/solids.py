@@ -1,7 +1,8 @@
-"""GenEval's detector for the solids world: which solids are in a picture, where, and of what colour.
+"""GenEval's detectors for the solids world: which solids are in a picture, where, and of what colour.
 
 A small network names the shape and the colour of every pixel; pixels that touch are one solid, since the world's solids
-never touch. ``python -m distill.detector`` trained it on true renders, where the answers are known.
+never touch. ``python -m distill.detector`` trained it on true renders, where the answers are known. A second network of
+another architecture, trained on other scenes, tells whether a score is the pictures' or the first judge's.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ from models.scene.solids import boxes_around
 WEIGHTS = REFERENCES / "solids_detector.safetensors"
 OPTIONS = Options(threshold=0.5, counting_threshold=0.5)
 """A detection's score is the mean probability of its shape over its pixels: half of it must be sure."""
+SECOND = REFERENCES / "solids_detector_second.safetensors"
+SIDE = 64
+"""Pixels a side that the detectors know; larger pictures are averaged down to it."""
 SMALLEST = 12
 """Pixels that a solid has at least; the smallest that a true render shows has about 50."""
 
@@ -76,6 +80,46 @@ class SolidsNetwork(nn.Module):
         return self.middle(x).mean((2, 3))
 
 
+class Mixing(nn.Module):
+    """A ConvNeXt block (arXiv 2201.03545): a depthwise convolution, then a perceptron at each place."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.around = nn.Conv2d(channels, channels, 5, padding=2 * dilation, dilation=dilation, groups=channels)
+        self.norm = nn.GroupNorm(1, channels)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 4 * channels, 1), nn.GELU(), nn.Conv2d(4 * channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(self.norm(self.around(x)))
+
+
+class SecondNetwork(nn.Module):
+    """The same answers as :class:`SolidsNetwork`, from 4 x 4 patches at one resolution, without levels or skips."""
+
+    def __init__(self, width: int = 96, dilations: Sequence[int] = (1, 1, 2, 1, 3, 1, 2, 1)):
+        super().__init__()
+        self.enter = nn.Conv2d(3, width, 8, stride=4, padding=2)
+        self.blocks = nn.Sequential(*(Mixing(width, dilation) for dilation in dilations))
+        self.leave = nn.Sequential(
+            nn.GroupNorm(1, width), nn.Conv2d(width, 16 * (1 + len(SHAPES) + len(COLOURS)), 3, padding=1)
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.leave(self.blocks(self.enter(pictures))), 4)
+
+
+def at_side(images: Tensor) -> Tensor:
+    """uint8 pictures (B, 3, H, H) to float (B, 3, 64, 64) in [-1, 1]; UserError if H is no multiple of 64."""
+    height, width = images.shape[-2:]
+    if height != width or height % SIDE:
+        raise UserError(
+            f"pictures of {height} x {width}: the solids world's detectors take {SIDE} x {SIDE}, or multiples"
+        )
+    return F.avg_pool2d(images.float(), height // SIDE) / 127.5 - 1
+
+
 def components(mask: Tensor) -> Tensor:
     """Numbers (B, H, W) of the connected parts of masks (B, H, W): 0 outside, else a number of each part's own.
 
@@ -103,23 +147,24 @@ def colour_of(detection: Detection) -> str:
     return cast(Solid, detection).colour
 
 
-def _load(weights: Path, device: torch.device | str) -> tuple[SolidsNetwork, str]:
-    """The network and the SHA-256 of its file."""
+def _load(network: nn.Module, weights: Path, device: torch.device | str) -> str:
+    """Fill the network, move it, and return the SHA-256 of its file."""
     if not weights.is_file():
         raise UserError(f"{weights} is missing: make it with `python -m distill.detector`")
-    network = SolidsNetwork()
     network.load_state_dict(load_file(weights))
-    return network.eval().to(device), file_digest(weights)
+    network.eval().to(device)
+    return file_digest(weights)
 
 
 class SolidsDetector:
-    """``detector(images)`` finds the solids in uint8 pictures, and knows their colours."""
+    """``detector(images)`` finds the solids in uint8 pictures, and knows their colours. ``second``: the other judge."""
 
     name, options = "geneval-solids", OPTIONS
 
-    def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
+    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu", second: bool = False):
         self.device = device
-        self.network, self.sha256 = _load(weights, device)
+        self.network = SecondNetwork() if second else SolidsNetwork()
+        self.sha256 = _load(self.network, weights or (SECOND if second else WEIGHTS), device)
         self.protocol = {"judge": self.name, "detector_sha256": self.sha256}
 
     def colour_of(self, image: Tensor) -> Callable[[Detection], str]:
@@ -128,8 +173,8 @@ class SolidsDetector:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[list[Solid]]:
-        """The solids in each of ``images`` (B, 3, H, W) uint8, best first."""
-        logits = self.network(images.to(self.device).float() / 127.5 - 1)
+        """The solids in each of ``images`` (B, 3, H, H) uint8, best first; boxes and masks are at 64 x 64."""
+        logits = self.network(at_side(images.to(self.device)))
         shapes = logits[:, : 1 + len(SHAPES)].softmax(1)
         colours = logits[:, 1 + len(SHAPES) :].log_softmax(1)
         parts = components(shapes[:, 0] < 0.5).cpu()
@@ -153,12 +198,12 @@ class SolidsFeatures:
     """The detector's features of whole pictures, for distances between sets of them."""
 
     name = "fd_solids"
-    dim, resize, shape = 96, "none", (3, 64, 64)
+    dim, resize, shape = 96, f"mean to {SIDE} x {SIDE}", None
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "cpu"):
-        self.device = device
-        self.network, self.sha256 = _load(weights, device)
+        self.device, self.network = device, SolidsNetwork()
+        self.sha256 = _load(self.network, weights, device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.network.features(images.to(self.device).float() / 127.5 - 1).float().cpu()
+        return self.network.features(at_side(images.to(self.device))).float().cpu()
