@@ -155,7 +155,11 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 return StreamedPictures(dataset, size, shape, columns), shape, names
             pictures = HFPictures(dataset, shape, columns)
         case SolidsData():
-            pictures = SolidsPictures(data.count, data.size, data.turntable, data.pairs, data.workers, data.keep)
+            if data.device != "cpu" and not torch.cuda.is_available():
+                raise UserError(f"data.device: {data.device}, but there is no GPU here: give cpu")
+            pictures = SolidsPictures(
+                data.count, data.size, data.turntable, data.pairs, data.device, data.workers, data.keep
+            )
         case ConditionsOnly():
             return None, None, []
         case PrecomputedData():

@@ -102,6 +102,8 @@ class SolidsData(Schema):
     """Share of pictures of one solid in the middle, from all sides, whose captions say from where."""
     pairs: float = Field(default=0.0, ge=0, le=1)
     """Share of the others that show two solids named apart, the hardest captions; the rest are of any of six tasks."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Where pictures are rendered: cpu, or cuda for a GPU."""
     workers: int = Field(default=0, ge=0)
     """Processes that render; 0: this one."""
     keep: bool = False
