@@ -199,7 +199,14 @@ def run(base: Path, name: str, method: dict[str, Any], **changes: Any) -> Path:
         "data": {"kind": "solids", "size": 32},
         "method": method,
         "student": {"lr": 1e-3},
-        "train": {"steps": 2, "batch_size": 4, "cpu_threads": 1, "log_every": 1, "sample_every": 100},
+        "train": {
+            "steps": 2,
+            "batch_size": 4,
+            "mixed_precision": "no",
+            "cpu_threads": 1,
+            "log_every": 1,
+            "sample_every": 100,
+        },
     }
     path = base / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | changes))
