@@ -258,7 +258,7 @@ def test_a_decoder_is_trained_alone_and_stored_latents_stay_valid(solids: Path):
         assert sum(p.numel() for p in found.decoder.parameters()) >= sum(p.numel() for p in first.decoder.parameters())
         moved = zip(first.decoder.parameters(), found.decoder.parameters(), strict=False)
         gaps = [float((a - b).detach().abs().max()) for a, b in moved if a.shape == b.shape]
-        assert 0 < max(gaps) and (max(gaps) < 0.01) == (name == "same")
+        assert max(gaps) > 0 and (max(gaps) < 0.01) == (name == "same")
     values = yaml.safe_load((solids / "same.yaml").read_text())
     values["method"] |= {"channels": [16, 16, 32], "decoder_channels": None}
     with pytest.raises(UserError, match="has an encoder of other sizes"):
