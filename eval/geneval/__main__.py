@@ -33,6 +33,7 @@ from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
 from eval.machine import environment, home_of, place_of, refuse_unread, share
 from eval.reference import load_reference
+from eval.sheet import sheet
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.folders import replace_text
@@ -129,9 +130,9 @@ COLUMNS = 12
 
 
 def grid(results: Sequence[Result], columns: int = COLUMNS) -> Image.Image:
-    """A row of pictures for each result, the same prompts in each."""
-    rows = [torch.cat(list(result.pictures[:columns]), 2) for result in results]
-    return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+    """A row of the first pictures for each result, over their prompts: chosen by number, not by beauty."""
+    asked = [record["prompt"].removeprefix("a photo of ") for record in results[0].records[:columns]]
+    return sheet({result.name: result.pictures[:columns] for result in results}, asked)
 
 
 def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
