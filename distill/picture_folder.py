@@ -11,8 +11,8 @@ from eval.pictures import Walk, walk
 from models.errors import BadSample, UserError
 from models.prompts import captions, decoded, lines
 
-_NAMES = "png jpg jpeg jpe jfif webp bmp tif tiff pgm ppm pbm pnm gif avif jp2"
-SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
+_NAMES = "bmp png jpg jpeg jpe jfif webp tif tiff pgm ppm pbm pnm gif avif jp2"
+SUFFIXES = tuple(f".{name}" for name in _NAMES.split())
 """Of files that are taken for pictures, in any letters."""
 METADATA = "metadata.jsonl"
 
@@ -55,7 +55,7 @@ class PictureFolder:
         others = set(found.files) - set(pictures)
         if not pictures:
             said = f"; left out: {found.said()}" if found.left_out else ""
-            raise UserError(f"data.path: no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}{said}")
+            raise UserError(f"data.path: no pictures ({', '.join(SUFFIXES)}) in {folder}{said}")
         told, used = _captions(folder, pictures, others, captions_from, column)
         if told is not None:
             pictures = _with_captions(folder, pictures, told, found, skip)
