@@ -101,7 +101,7 @@ def test_classes_are_the_teachers_by_name_or_number(names: list[str], wanted: li
         (["7", "10"], NAMES, "classes_by: position"),
         (["7", "007"], NAMES, "are all the teacher's 'sneaker'"),
         (["t-shirt", "T-shirt"], NAMES, "are all the teacher's"),
-        (["crane"], ["crane", "crane, machine"], "'crane' is several of those"),
+        (["crane"], ["crane", "crane"], "'crane' is several of those"),
         (["a", "b", "c"], ["a", "b"], "3 classes, but the teacher t knows 2"),
     ],
 )
@@ -336,7 +336,7 @@ def test_streams_of_nothing_but_damage_end(tmp_path: Path):
 
 def test_a_shard_that_is_cut_off_is_one_line(tmp_path: Path):
     files = shard(tmp_path / "s/0.tar", 40)
-    files.write_bytes(files.read_bytes()[:30_000])
+    files.write_bytes(files.read_bytes()[: 28 * 1024 + 532])  # within the content of the 15th picture
     data = {"kind": "hf_dataset", "path": "webdataset", "data_files": str(files), "image_column": "png", "size": 8}
     data |= {"channels": 1, "label_column": None}
     for streaming in (True, False):

@@ -15,7 +15,7 @@ from models.prompts import captions, settled
     "data",
     [
         "\ufeffa red cube\r\n\r\n a sphere \r\n".encode(),
-        "a red cube\na sphere".encode(),
+        b"a red cube\na sphere",
         "\ufeffa red cube\n\ufeffa sphere\n".encode(),  # two such files, one behind the other
         "a red cube\r\na sphere\r\n".encode("utf-16"),
         b"\xfe\xff" + "a red cube\na sphere\n".encode("utf-16-be"),
@@ -73,7 +73,7 @@ def test_captions_by_rule(value: Any, rule: str | None, wanted: tuple[str, ...])
     "value", [None, "", " \n", b"", [], [None, ""], float("nan"), 3, b"\xff\xfe\xfa", {"en": None}]
 )
 def test_no_caption_is_no_words(value: Any):
-    with pytest.raises(BadSample, match="^sample 3 "):
+    with pytest.raises(BadSample, match=r"^sample 3 "):
         captions(value, "sample 3", "en")
 
 
@@ -81,6 +81,6 @@ def test_no_caption_is_no_words(value: Any):
     ("value", "rule"), [(["a", "b"], None), (["a", "b"], "en"), ({"en": "a"}, None), ({}, "first")]
 )
 def test_several_captions_are_refused_unless_told_which(value: Any, rule: str | None):
-    with pytest.raises(UserError, match="data.caption: sample 3 has") as caught:
+    with pytest.raises(UserError, match=r"data\.caption: sample 3 has") as caught:
         captions(value, "sample 3", rule)
     assert not isinstance(caught.value, BadSample)
