@@ -20,9 +20,10 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from app.ask import Ask
-from models import pictures
 from models.controlnet import edges
 from models.errors import BadSample, UserError
+from models.pictures import decode
+from models.pictures import opened as opened_picture
 
 KEY = "one-step-studio"
 """Name of the settings among a PNG's texts; a JPEG has them as its description."""
@@ -121,14 +122,19 @@ def read_bytes(path: str) -> bytes:
 
 def opened(data: bytes) -> Image.Image:
     """A picture, its header alone; UserError if it is none, or has too many pixels."""
-    return pictures.opened(data, "the file", FORMATS, MAX_PIXELS)
+    try:
+        return opened_picture(data, "the file", FORMATS, MAX_PIXELS)
+    except BadSample as error:
+        if "too many pixels" in str(error):
+            raise
+        raise UserError("the file cannot be read as a picture (PNG, JPEG, WebP or BMP)") from error
 
 
 def decoded(data: bytes, mode: Literal["RGB", "L"]) -> Image.Image:
     """An upload upright and on white; UserError if it is none, too large or damaged."""
     opened(data).close()
     try:
-        return pictures.decode(data, "the file", mode)
+        return decode(data, "the file", mode)
     except BadSample as error:
         raise UserError("the picture is damaged: it cannot be read to its end") from error
 

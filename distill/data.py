@@ -298,11 +298,12 @@ class ImageFolder:
         self.files, self.class_names = self.content.files, self.content.names
         self.bad = BadSamples(skip)
         self.background: Background = background
+        self.shape: tuple[int, int, int] = (channels, size, size)
         if known is not None and self.class_names:
+            self._good(0)  # that no picture can be read is told before what their classes are
             ids = known.ids(self.class_names)
             self.files = [(path, ids[label]) for path, label in self.files]
             self.class_names = known.names
-        self.shape: tuple[int, int, int] = (channels, size, size)
         self._pool = ThreadPoolExecutor(workers)
 
     @property

@@ -132,7 +132,7 @@ def _array(path: Path) -> Tensor:
         if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
             raise ValueError(f"{values.dtype} of shape {values.shape}, not uint8 of (H, W, 3)")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+        raise UserError(f"{path} is not a readable picture: {error}") from error
     return torch.from_numpy(values).permute(2, 0, 1)
 
 

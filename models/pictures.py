@@ -55,12 +55,12 @@ def formats() -> tuple[str, ...]:
 def opened(data: bytes, name: str, only: tuple[str, ...] | None = None, most: int = MOST_PIXELS) -> Image.Image:
     """A picture, its header alone; BadSample if it is none, not of ``only`` these, or of more than ``most`` pixels."""
     if not data:
-        raise BadSample(f"{name} cannot be read as a picture: it is empty")
+        raise BadSample(f"{name} is not a readable picture: it is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=only or formats())
     except Image.UnidentifiedImageError as error:
         known = ", ".join(only or formats())
-        raise BadSample(f"{name} cannot be read as a picture: it is none of {known}, or damaged") from error
+        raise BadSample(f"{name} is not a readable picture: it is none of {known}, or damaged") from error
     except Image.DecompressionBombError as error:
         raise _too_large(name, most) from error
     except Exception as error:  # whatever a plugin raises on bytes that are not as it expects
@@ -134,7 +134,7 @@ def _bad(name: str, error: Exception) -> BadSample:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if "MAX_TEXT" in reason:
         reason = "its texts or colour profile are longer than PIL reads: save it without them"
-    return BadSample(f"{name} cannot be read as a picture: {reason}")
+    return BadSample(f"{name} is not a readable picture: {reason}")
 
 
 def _too_large(name: str, most: int) -> BadSample:

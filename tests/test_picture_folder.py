@@ -269,7 +269,7 @@ def test_a_damaged_file_ends_a_run_or_is_replaced_by_its_class(tmp_path: Path, c
         picture(tmp_path / "cat" / f"{i}.png", i)
         picture(tmp_path / "dog" / f"{i}.png", 100 + i)
     (tmp_path / "cat" / "2.png").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"2\.png cannot be read .*on_bad_picture: skip"):
+    with pytest.raises(UserError, match=r"2\.png is not a readable .*on_bad_picture: skip"):
         ImageFolder(tmp_path, 8, 1).get([0, 1, 2])
     found = ImageFolder(tmp_path, 8, 1, skip=True)
     batch = found.get([2, 3, 2])
