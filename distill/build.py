@@ -71,7 +71,6 @@ from distill.settings import (
 )
 from distill.stored import Stored, cached
 from eval.binding import Binding
-from eval.pictures import warn_left_out
 from models import autoencoder
 from models.adapters import Adapted, checkpointed
 from models.autoencoder import PictureSpec
@@ -193,7 +192,6 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             pictures = FashionMNIST(data.path)
         case ImageFolderData():
             pictures = _image_folder(data, _known_classes(config))
-            warn_left_out(data.path, pictures.content.walked)
         case HFData(streaming=True):
             dataset = hf_dataset(data, rank, world, seed)
             columns, names = _columns(data).of(_known_classes(config), dataset.features)

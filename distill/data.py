@@ -25,6 +25,7 @@ from torch.multiprocessing import get_context
 from distill.bad_samples import BadSamples
 from distill.class_names import KnownClasses
 from distill.picture_folder import CaptionsFrom, PictureFolder
+from eval.pictures import warn_left_out
 from models.condition import Condition
 from models.controlnet import edges, roughened
 from models.errors import BadSample, UserError, run_command
@@ -296,6 +297,7 @@ class ImageFolder:
     ):
         self.content = PictureFolder.read(folder, captions_from, caption_column, caption, skip)
         self.files, self.class_names = self.content.files, self.content.names
+        warn_left_out(folder, self.content.walked)
         self.bad = BadSamples(skip)
         self.background: Background = background
         self.shape: tuple[int, int, int] = (channels, size, size)

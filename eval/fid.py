@@ -66,7 +66,8 @@ class Options:
     student: Path | None = None
     """A run folder, or an exported student (model_index.json beside its network)."""
     images: Path | None = None
-    """A folder of pictures to score as they are, in the student's place."""
+    """A folder of pictures to score as they are, in the student's place. What counts is clean-fid's listing;
+    neither EXIF's orientation nor alpha is applied, as in the published protocols."""
     num_images: int = 4000
     """Pictures to generate for each score. More than 10 per feature dimension, and 4,000, are worth trusting."""
     protocol: ProtocolName = "fd_fmnist_cnn"

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def warn_left_out(folder: Path, found: Walk) -> None:
-    """A line on what was left out, by the first process."""
+    """A line on what was left out, by the first process, once."""
     if (said := found.said()) and share()[0] == 0:
-        print(f"warning: {folder}: {len(found.files)} pictures are read; left out: {said}", file=sys.stderr)
+        _say(f"warning: {folder}: {len(found.files)} pictures are read; left out: {said}")
+
+
+@cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def picture_files(folder: Path) -> list[Path]:
