@@ -19,10 +19,11 @@ import tyro
 from torch import nn
 
 from distill import stored
-from distill.build import build_stream, load_teacher, read_prompts, sana_spec
+from distill.build import build_stream, load_teacher, sana_spec
 from distill.data import Pictures, ShuffledStream
 from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, SanaSize, check, override, read_values
 from models.errors import UserError, run_command
+from models.prompts import read_prompts
 from models.teachers.base import ClassSpec, TextSpec
 from models.teachers.pipeline import Latents, Stock
 from models.teachers.sana import SanaSpec

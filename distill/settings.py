@@ -17,11 +17,14 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from distill.class_names import ClassesBy
 from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
+from distill.picture_folder import CaptionsFrom
 from distill.schema import Schema
 from models.adapters import TARGETS
 from models.errors import UserError
 from models.folders import replace_text
+from models.pictures import Background
 
 DivergenceName = Literal[
     "reverse_kl",
@@ -44,12 +47,29 @@ class FashionMNISTData(Schema):
     """Folder of the four .gz files; `make data` fills it."""
 
 
-class ImageFolderData(Schema):
-    """Pictures in a folder, one sub-folder per class."""
+class RealPictures(Schema):
+    """How files of pictures become samples; see docs/pictures.md."""
+
+    background: Background = "white"
+    """Colour behind transparent pixels."""
+    on_bad_picture: Literal["refuse", "skip"] = "refuse"
+    """What a damaged picture, or one without the caption asked for, does: end the run, or be left out and counted."""
+    classes_by: ClassesBy = "name"
+    """name: a class is the teacher's of the same name, or of its number; position: the teacher's in the same place."""
+    caption: str | None = None
+    """Which caption of several is told: first, random, whole (of a .txt of several lines), or the key of a mapping."""
+
+
+class ImageFolderData(RealPictures):
+    """Pictures in a folder, one sub-folder per class, or with captions."""
 
     kind: Literal["image_folder"] = "image_folder"
     path: Path
     """The folder."""
+    captions_from: CaptionsFrom = "auto"
+    """files: name.txt beside name.png; metadata: metadata.jsonl; auto: whichever is there, for teachers of prompts."""
+    caption_column: str = "text"
+    """Key of the captions in metadata.jsonl."""
     size: int = Field(default=32, gt=0)
     """Side in pixels: shorter side resized to it (Lanczos), then centre crop."""
     channels: Literal[1, 3] = 3
@@ -58,7 +78,7 @@ class ImageFolderData(Schema):
     """Threads that decode pictures."""
 
 
-class HFData(Schema):
+class HFData(RealPictures):
     """A data set of the Hugging Face `datasets` library: hub id, local folder, or a builder such as webdataset."""
 
     kind: Literal["hf_dataset"] = "hf_dataset"

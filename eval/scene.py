@@ -29,6 +29,7 @@ from eval.scene_report import Shown, write
 from eval.scene_scores import VIEWS, judge_clip, judge_export, judge_solid
 from eval.scene_seeds import Seed, diversity, means
 from models.errors import UserError, run_command
+from models.prompts import read_prompts
 from models.scene import captions, export, saved, solids
 from models.scene.fields import Field
 from models.scene.mesh import Mesh
@@ -147,12 +148,7 @@ class Options:
         print(f"report: {page}")
 
     def _further(self) -> list[str]:
-        if self.prompts is None:
-            return []
-        try:
-            return [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts: {self.prompts} cannot be read as a text file") from error
+        return [] if self.prompts is None else read_prompts(self.prompts, "prompts")
 
 
 @dataclass

@@ -21,7 +21,8 @@ from models import teachers
 from models.condition import Condition
 from models.controlnet import NOTHING, edges
 from models.denoiser import Denoiser, Guided
-from models.errors import UserError, run_command
+from models.errors import BadSample, UserError, run_command
+from models.pictures import decode
 from models.seeds import Draws
 from models.student import heun
 from models.teachers.base import TextSpec
@@ -150,8 +151,8 @@ class Options:
 def read_lines(path: Path, side: int) -> Tensor:
     """Edges (1, 1, side, side) of a picture file; UserError if it is none."""
     try:
-        picture = ImageOps.fit(Image.open(path).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except (OSError, ValueError) as error:
+        picture = ImageOps.fit(decode(path, "it"), (side, side), Image.Resampling.LANCZOS)
+    except BadSample as error:
         raise UserError(f"--lines: {path} cannot be read as a picture: {error}") from error
     return edges(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1)
 

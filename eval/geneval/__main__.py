@@ -38,6 +38,7 @@ from eval.sheet import sheet
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.folders import replace_text
+from models.pictures import raw
 from models.scene.captions import EVALUATION, TASKS, Metadata, held_out, prompts
 
 
@@ -241,7 +242,7 @@ def judge_folders(options: Options, output: Path) -> None:
     report |= {"environment": environment(place)}
     write(report, output)
     name = list(folders)[-1]
-    wrong = reports.failures([known[p.name] for p in every], lambda index: Image.open(every[index].path))
+    wrong = reports.failures([known[p.name] for p in every], lambda index: raw(every[index].path))
     page = reports.write_geneval(report, output, name, wrong, [])
     print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}\nreport: {page}")
 

@@ -5,6 +5,7 @@ A family (models/teachers/{dit,ddpm}.py) says how its network is called; see mod
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -34,8 +35,13 @@ class ClassNetwork(nn.Module):
         return self._modules[self.part]
 
     @property
+    def num_classes(self) -> int:
+        return self.count(self.core.config)
+
+    @staticmethod
     @abstractmethod
-    def num_classes(self) -> int: ...
+    def count(config: Mapping[str, Any]) -> int:
+        """Classes of a network of this configuration."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -105,6 +111,11 @@ def _names(folder: Path, count: int) -> list[str]:
         return json.loads((folder / "studio.json").read_text())["class_names"]
     labels = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
     return ["all"] if count == 1 else [labels.get(str(i), str(i)).split(",")[0].strip() for i in range(count)]
+
+
+def names(folder: Path, family: type[ClassNetwork]) -> list[str]:
+    """Of the classes of the pipeline in ``folder``, without its network."""
+    return _names(folder, family.count(json.loads((folder / family.part / "config.json").read_text())))
 
 
 def load(

@@ -32,6 +32,7 @@ from models.controlnet import SanaControlBranch
 from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
+from models.pictures import decode
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
 from models.teachers.base import EXAMPLE, Texts, TextSpec
@@ -344,7 +345,7 @@ def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]
     branch = lines = None
     if (folder / "controlnet").is_dir():
         branch = SanaControlBranch.from_pretrained(folder / "controlnet", use_safetensors=True)
-        strip = torch.from_numpy(np.array(Image.open(folder / "controlnet" / LINES)))
+        strip = torch.from_numpy(np.array(decode(folder / "controlnet" / LINES, LINES, "L")) > 127)
         lines = 2.0 * strip.view(-1, 1, strip.shape[1], strip.shape[1]) - 1
     sigma_data = scheduler.get("sigma_data", 0.5)
     times = tuple(own["times"]) if own.get("times") else None
