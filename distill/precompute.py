@@ -22,7 +22,8 @@ from distill.data import Pictures, ShuffledStream
 from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, SanaSize, check, override, read_values
 from models.errors import UserError, run_command
 from models.teachers.base import ClassSpec, TextSpec
-from models.teachers.pipeline import Latents, Stock
+from models.teachers.latents import Latents
+from models.teachers.pipeline import Stock
 from models.teachers.sana import SanaSpec
 
 
