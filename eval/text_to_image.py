@@ -83,7 +83,9 @@ class Painter:
         z = draws.normal(*self.spec.shape)
         if not self.spec.student:
             if self.guidance != 1 and not self.spec.guidable:
-                raise UserError(f"guidance: {self.guidance:g}, but this teacher is distilled and knows none: give 1")
+                raise UserError(
+                    f"guidance: {self.guidance:g}, but this teacher is distilled ({self.spec.unguided}): give 1"
+                )
             return heun(Guided(self.denoiser, self.guidance), z, cond, self.steps)
         times = self.times or self.spec.times
         assert times is not None

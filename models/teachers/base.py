@@ -215,6 +215,7 @@ class TextSpec(NetworkSpec):
     examples:    prompts of sample grids
     control:     (n, 1, H, W) lines of the examples, for a network with a control branch
     guidable:    whether there is an unconditional answer, hence classifier-free guidance
+    unguided:    by which fact there is none
     tellable:    whether a student of it can be told a guidance scale
     texts:       the prompts that it still knows when its text encoders are gone; None: they are there
     """
@@ -224,6 +225,7 @@ class TextSpec(NetworkSpec):
     examples: tuple[str, ...]
     control: Tensor | None = None
     guidable: bool = True
+    unguided: str = ""
     tellable: bool = False
     texts: Texts | None = None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.process import Process
 from models.teachers.base import ClassSpec, StepTimes, later_times
@@ -23,7 +23,7 @@ from models.teachers.pipeline import Stock
 from models.teachers.schedule import process_of, scheduler_config
 
 
-class ClassNetwork(nn.Module):
+class ClassNetwork(CoreNetwork):
     """A pipeline's network as ``network(x, t, cond)``, with t the index of its discrete process."""
 
     part: ClassVar[Literal["unet", "transformer"]]

@@ -129,8 +129,8 @@ def name_weights(where: Path, unread: Collection[str]) -> None:
         )
     if told := [key for key in keys if any(part in key for part in ASKS)]:
         raise UserError(
-            f"teacher: {where}: {told[0]} has no place in the network that its config describes: the weights are of one "
-            "that is told more (guidance, sizes): give the config that belongs to them"
+            f"teacher: {where}: {told[0]} has no place in the network that its config describes: the weights are of "
+            "one that is told more (guidance, sizes): give the config that belongs to them"
         )
     if keys:
         note(f"{where}: {len(keys)} weights are not read, as {', '.join(keys[:3])}: its network has no place for them")

@@ -20,7 +20,7 @@ from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.folders import replace_folder
 from models.process import Process
-from models.teachers import keys
+from models.teachers import distilled, keys
 from models.teachers.base import EXAMPLE, StepTimes, Texts, TextSpec
 from models.teachers.files import FROM_FILES, opened
 from models.teachers.latents import Latents, checked
@@ -29,8 +29,6 @@ from models.trigflow import TrigFlowView
 
 SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
-DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
-"""Words in the name of a checkpoint that needs no guidance and knows none."""
 
 
 class PipelineNetwork(CoreNetwork):
@@ -232,6 +230,7 @@ class PipelineSpec(Stock, TextSpec):
     guidance: float = 1.0
     examples: tuple[str, ...] = (EXAMPLE,)
     guidable: bool = True
+    unguided: str = ""
     offload: bool = False
     texts: Texts | None = None
     place: list[torch.device] = field(default_factory=lambda: [torch.device("cpu")], repr=False)
@@ -296,6 +295,13 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.device)
         return replace(cond, guidance=scale)
 
+    def known_distilled(self, whether: bool) -> "PipelineSpec":
+        """The same where it is known ``whether`` it is distilled, whatever its files say. UserError if they cannot be
+        wrong: its network knows no unconditional answer."""
+        if not whether and self.family.null_prompt is None:
+            raise UserError(f"teacher.distilled: false, but {self.unguided}: remove the key")
+        return replace(self, guidable=not whether, unguided="teacher.distilled" if whether else "")
+
     def without_encoders(self, texts: Texts, pictures: bool) -> "PipelineSpec":
         """Of all that share this one's ``pipe`` too."""
         names = [name for name in self.pipe.components if name.startswith("text_encoder")]
@@ -335,9 +341,12 @@ def load(
     family = family.of(core, pipe, latents.channels)
     shape = cast(tuple[int, int, int], tuple(own["shape"])) if own and size is None else None
     shape = shape or (latents.channels, *_sides(core.config.get("sample_size"), size, latents.factor))
-    distilled = any(word in (weights or folder).resolve().name.lower() for word in DISTILLED)
     process, prediction = process_of(scheduler_config(pipe), _tokens(shape))
     network = family(core, latents.factor)
+    index = json.loads((folder / "model_index.json").read_text())
+    unguided = distilled.reason(scheduler_config(pipe), index, None if weights else folder / "README.md")
+    if family.null_prompt is None:
+        unguided = f"its {family.part} is told the guidance scale or needs none"
     pipe.register_modules(**{family.part: None})
     spec = PipelineSpec(
         family,
@@ -350,7 +359,8 @@ def load(
         pipe.scheduler if own.get("times") else None,
         own.get("guidance", 1.0),
         tuple(own.get("examples", (EXAMPLE,))),
-        guidable=family.null_prompt is not None and not distilled and not own.get("times"),
+        unguided="" if own.get("times") else unguided,
+        guidable=family.null_prompt is not None and not unguided and not own.get("times"),
     )
     return Denoiser(network.requires_grad_(True), process, prediction, sigma_data=1.0).eval(), spec
 
