@@ -264,9 +264,10 @@ class PipelineSpec(Stock, TextSpec):
         name, values = type(self.pipe).__name__, self.family.call | {"height": height, "width": width}
         values = {**values, "num_inference_steps": 1 if self.student else 20}
         arguments = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        steps = "" if self.times is None else f"  # num_inference_steps: 1 to {len(self.times)}"
         return f"""from diffusers import {name}
 
-pipe = {name}.from_pretrained("PATH")
+pipe = {name}.from_pretrained("PATH"){steps}
 image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
 
     def preview(self, count: int) -> Condition:
