@@ -411,6 +411,10 @@ def load_teacher(
         raise UserError(f"teacher.path: {teacher.path} is a one-step student: name the teacher that it was made from")
     if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
+    if teacher.distilled is not None:
+        if not isinstance(spec, PipelineSpec):
+            raise UserError(f"teacher.distilled: only for stock text-to-image pipelines, which {teacher.path} is not")
+        spec = spec.known_distilled(teacher.distilled)
     if shape is not None and shape != spec.picture:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")
     if isinstance(spec, TextSpec):
@@ -419,7 +423,10 @@ def load_teacher(
             raise UserError(f"data: pictures of classes, but the teacher {teacher.path} is asked for prompts{hint}")
         scales = {teacher.guidance, *(config.method.guidance if isinstance(config.method, Consistency) else [])}
         if not spec.guidable and scales != {1.0}:
-            raise UserError(f"guidance: {teacher.path} is a distilled teacher without an unconditional answer: give 1")
+            raise UserError(
+                f"guidance: {teacher.path} is a distilled teacher without an unconditional answer ({spec.unguided}): "
+                "give 1, or teacher.distilled: false if that is wrong"
+            )
         return denoiser, _without_encoders(config, teacher, spec)
     if teacher.cache is not None:
         raise UserError(f"teacher.cache: {teacher.path} knows classes, which need no text encoder: remove the key")
@@ -557,6 +564,17 @@ def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
         )
 
 
+def _check_kind(path: Path | None, own: base.Spec, spec: base.Spec) -> None:
+    """UserError if a student to start from makes other pictures than the teacher, or is asked for more."""
+    if type(own) is not type(spec) or own.shape != spec.shape:
+        raise UserError(f"method.start: {path} makes other pictures than the teacher")
+    if isinstance(own, TextSpec) and isinstance(spec, TextSpec) and own.control is not None and spec.control is None:
+        raise UserError(
+            f"method.start: {path} follows lines by a control branch, the teacher has none: name in teacher.path one "
+            "with a branch, or start at a student without"
+        )
+
+
 def _load_weights(network: nn.Module, run: Path, name: str) -> None:
     """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit or are
     damaged."""
@@ -587,8 +605,7 @@ def _start(
     denoiser, own = load(settings.start / "student" if run else settings.start)
     if isinstance(own, Spec) and isinstance(spec, Spec):
         _check_start(settings, own, spec)
-    elif type(own) is not type(spec) or own.shape != spec.shape:
-        raise UserError(f"method.start: {settings.start} makes other pictures than the teacher")
+    _check_kind(settings.start, own, spec)
     if run:
         _load_weights(critic, run, "critic")
     if isinstance(own, TextSpec) and isinstance(spec, TextSpec) and spec.texts is not None:
@@ -671,8 +688,7 @@ def _other_start(config: Config, path: Path, teacher: Denoiser, spec: ClassSpec 
         raise UserError("method.start: not with lora; its adapters start at the teacher")
     run = path / "student"
     denoiser, own = load(run if run.is_dir() else path)
-    if type(own) is not type(spec) or own.shape != spec.shape:
-        raise UserError(f"method.start: {path} makes other pictures than the teacher")
+    _check_kind(path, own, spec)
     if isinstance(denoiser.network, SanaNetwork) and denoiser.network.control is None:
         denoiser.network.control = copy.deepcopy(cast(SanaNetwork, teacher.network).control)
     return denoiser.train()

@@ -25,7 +25,8 @@ from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, 
 from models.errors import UserError, run_command
 from models.prompts import read_prompts
 from models.teachers.base import ClassSpec, TextSpec
-from models.teachers.pipeline import Latents, Stock
+from models.teachers.latents import Latents
+from models.teachers.pipeline import Stock
 from models.teachers.sana import SanaSpec
 
 

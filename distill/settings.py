@@ -170,6 +170,8 @@ class Teacher(Schema):
     """Tokens of a prompt, for encoders of any length; null: as the family's pipeline."""
     config: str | None = None
     """Pipeline folder or hub id with all the rest, where `path` is a single .safetensors file of the network."""
+    distilled: bool | None = None
+    """Whether it is distilled, and knows no guidance; null: as its scheduler, its configs and its card say."""
     offload: bool = False
     """Keep text encoders and autoencoder on the CPU."""
     cache: Path | None = None

@@ -26,6 +26,10 @@ class DiT(ClassNetwork):
     def count(config: Mapping[str, Any]) -> int:
         return config["num_embeds_ada_norm"]
 
+    def apart(self) -> list[nn.Module]:
+        """The embedding of time and class in its first block, which its last layer asks again."""
+        return [self.core.transformer_blocks[0].norm1.emb]
+
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.class_ids is None:
             raise ValueError("this network is conditional on classes: the condition has no class_ids")
