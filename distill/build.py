@@ -93,8 +93,8 @@ EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
 
-def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> Any:
-    """The data set of ``data``; an iterable one is shuffled, shards alone, and split over processes."""
+def hf_dataset(data: HFData, seed: int = 0) -> Any:
+    """The data set of ``data``; an iterable one is shuffled, shards alone."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -108,10 +108,6 @@ def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> An
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if data.streaming:
         dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
-    if data.streaming and world > 1:
-        from datasets.distributed import split_dataset_by_node
-
-        dataset = split_dataset_by_node(dataset, rank, world)
     return dataset
 
 
@@ -143,7 +139,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
         case ImageFolderData():
             pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
         case HFData():
-            dataset = hf_dataset(data, rank, world, seed)
+            dataset = hf_dataset(data, seed)
             columns = Columns(data.image_column, data.label_column, data.caption_column)
             shape = (data.channels, data.size, data.size)
             if data.streaming:
@@ -152,7 +148,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                     if columns.caption:
                         raise UserError("classes: these pictures have captions, not classes")
                     dataset = dataset.filter(_of_classes(config.classes, columns))
-                return StreamedPictures(dataset, size, shape, columns), shape, names
+                return StreamedPictures(dataset, size, shape, columns, rank, world), shape, names
             pictures = HFPictures(dataset, shape, columns)
         case SolidsData():
             pictures = SolidsPictures(data.count, data.size, data.turntable, data.pairs, data.workers, data.keep)

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.multiprocessing import get_context
 
+from distill.epochs import Epochs
 from eval.pictures import SUFFIXES
 from models.condition import Condition
 from models.controlnet import edges, roughened
@@ -96,7 +98,13 @@ class Stream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a process of this place in a run of as many was."""
+        ...
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Go on where all processes of a run were, whose number may have been another."""
+        ...
 
 
 class Subset:
@@ -421,54 +429,48 @@ class ShuffledStream:
         self.size, self._ahead = size, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "count": len(self.pictures)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Whatever the number of processes; a line where the number of pictures is another, hence their order."""
+        count, before = len(self.pictures), state.get("count")
         self.position = state["position"]
+        if before not in (None, count):
+            self.position = -(-self.position // before) * count  # the epoch after that one
+            if self.rank == 0:
+                print(f"data: {count} pictures, not {before} as before: a new epoch is begun", file=sys.stderr)
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.load_state_dict(states[0])
 
 
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Its position is the library's own ``state_dict``. Each epoch takes the shards in another order and reads several by
-    turns; pictures within a shard keep theirs, since a buffer that shuffles them could not be resumed exactly.
+    Each epoch takes the shards in another order and reads several by turns; pictures within a shard keep theirs, since a
+    buffer that shuffles them could not be resumed exactly. Positions are those of :class:`~distill.epochs.Epochs`.
     """
 
-    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns):
-        self.dataset, self.size, self.shape, self.columns = dataset, size, shape, columns
-        self.epoch = 0
-        self.dataset.set_epoch(0)
-        self._rows: Iterator[dict[str, Any]] = iter(self.dataset)
+    def __init__(
+        self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns, rank: int = 0, world: int = 1
+    ):
+        self.size, self.shape, self.columns = size, shape, columns
+        self.rows = Epochs(dataset, rank, world)
 
     def next(self) -> Batch:
-        rows: list[dict[str, Any]] = []
-        fresh = False
-        while len(rows) < self.size:
-            row = next(self._rows, None)
-            if row is not None:
-                rows.append(row)
-                fresh = False
-                continue
-            if fresh:
-                raise UserError(
-                    "data: the streamed data set gives no picture to this process: fewer shards than processes?"
-                )
-            self.epoch, fresh = self.epoch + 1, True
-            self.dataset.set_epoch(self.epoch)
-            self._rows = iter(self.dataset)
-        return self.columns.collate(rows, self.shape)
+        return self.columns.collate([self.rows.next() for _ in range(self.size)], self.shape)
 
     def resize(self, size: int) -> None:
         self.size = size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.dataset.set_epoch(self.epoch)
-        self.dataset.load_state_dict(state["dataset"])
-        self._rows = iter(self.dataset)
+        self.rows.load_state_dict(state)
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.rows.load_states(states)
 
 
 # --------------------------------------------------------------------------------------------------- conditions
