@@ -10,6 +10,7 @@ from distill.settings import Autoencoder, Config, SceneDistillation, Teacher
 from models.errors import UserError
 from models.teachers import is_hub_id, resolve
 from models.teachers.base import Spec
+from models.yaml_text import read_yaml
 
 OWN = "apache-2.0"
 """Licence of what is trained from nothing."""
@@ -20,7 +21,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
         _, fence, rest = readme.read_text().partition("---\n")
         block, end, _ = rest.partition("\n---")
-        values = yaml.safe_load(block) if fence and end else None
+        values = read_yaml(block) if fence and end else None
         return values if isinstance(values, dict) else {}
     return {}
 

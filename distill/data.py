@@ -447,8 +447,8 @@ class ShuffledStream:
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Each epoch takes the shards in another order and reads several by turns; pictures within a shard keep theirs, since a
-    buffer that shuffles them could not be resumed exactly. Positions are those of :class:`~distill.epochs.Epochs`.
+    Each epoch takes the shards in another order and reads several by turns; pictures within a shard keep theirs, since
+    a buffer that shuffles them could not be resumed exactly. Positions are those of :class:`~distill.epochs.Epochs`.
     """
 
     def __init__(
