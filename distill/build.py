@@ -67,6 +67,7 @@ from distill.settings import (
     Teacher,
     UniInstruct,
 )
+from distill.source import check_unchanged
 from distill.stored import Stored, cached
 from eval.binding import Binding
 from models import autoencoder
@@ -158,6 +159,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             if not _reads_latents(config.method):
                 raise UserError(f"data.kind: `{config.method.kind}` learns from pictures, not from their latents")
             pictures = Stored(data.path)
+            check_unchanged(data.path, pictures.facts)
             if not pictures.pictures:
                 return None, None, []
             groups = pictures.groups if data.streaming else None
