@@ -5,7 +5,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, cast
 
 import torch
@@ -90,6 +92,9 @@ from models.trigflow import FlowStudent, LogVariance, TrigFlowView
 
 Shape = tuple[int, int, int]
 
+BUILDERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "parquet", "text", "webdataset"}
+"""Names of readers in the place of a data set's."""
+
 EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
@@ -101,12 +106,20 @@ def hf_dataset(data: HFData, seed: int = 0) -> Any:
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError("data.kind hf_dataset needs the library `datasets`: pip install -e '.[data]'") from error
+    if data.path in BUILDERS:  # without files they read all that lies in this folder, or end in an IndexError
+        if data.data_files is None:
+            raise UserError(f"data.data_files: missing; {data.path} reads files: name them, e.g. 'shards/*.tar'")
+        if "://" not in data.data_files and not glob(data.data_files, recursive=True):
+            raise UserError(
+                f"data.data_files: there is no file {data.data_files}: wildcards are *, ** and ?, not {{000..009}}"
+            )
     try:
         dataset: Any = datasets.load_dataset(
             data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
         )
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    except (OSError, ValueError, LookupError, EOFError, TarError, DatasetsError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"data.path: {data.path} cannot be loaded: {reason}") from error
     if data.streaming:
         dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
     return dataset

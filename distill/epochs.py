@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from tarfile import TarError
 from typing import Any, Protocol
 
 from models.errors import UserError
@@ -32,9 +33,14 @@ class Share:
             self._dataset.load_state_dict(copy.deepcopy(state))
 
     def next(self) -> Row | None:
-        if self._rows is None:
-            self._rows = iter(self._dataset)
-        return next(self._rows, None)
+        """UserError where a file is missing, cut short or damaged."""
+        try:
+            if self._rows is None:
+                self._rows = iter(self._dataset)
+            return next(self._rows, None)
+        except (OSError, EOFError, LookupError, TarError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"data: the stream cannot be read on: {reason}") from error
 
     def state(self) -> dict[str, Any]:
         return self.place | {"dataset": self._state if self._rows is None else self._dataset.state_dict()}
