@@ -11,6 +11,7 @@ from tarfile import TarError
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderDC
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -165,7 +166,11 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
                 return StreamedPictures(dataset, size, shape, columns, rank, world), shape, names
             pictures = HFPictures(dataset, shape, columns)
         case SolidsData():
-            pictures = SolidsPictures(data.count, data.size, data.turntable, data.pairs, data.workers, data.keep)
+            if data.device != "cpu" and not torch.cuda.is_available():
+                raise UserError(f"data.device: {data.device}, but there is no GPU here: give cpu")
+            pictures = SolidsPictures(
+                data.count, data.size, data.turntable, data.pairs, data.device, data.workers, data.keep
+            )
         case ConditionsOnly():
             return None, None, []
         case PrecomputedData():
@@ -219,13 +224,35 @@ def _build_method(
             return _matching(config, config.method, shape, class_names)
 
 
+def _new_autoencoder(settings: Autoencoder) -> AutoencoderDC:
+    """One with random weights, or with those of the autoencoder that it starts from; UserError if that has other
+    latents."""
+    sizes = settings.channels, settings.latent_channels, settings.layers
+    vae = sana.new_autoencoder(*sizes, settings.decoder_channels, settings.decoder_layers)
+    if settings.start is None:
+        return vae
+    old = autoencoder.load(settings.start)
+    try:
+        cast(nn.Module, vae).encoder.load_state_dict(cast(nn.Module, old).encoder.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"method.start: {settings.start} has an encoder of other sizes than channels, layers"
+        ) from error
+    decoder, weights = cast(nn.Module, vae).decoder, cast(nn.Module, old).decoder.state_dict()
+    own = decoder.state_dict()
+    if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in weights.items()}:
+        decoder.load_state_dict(weights)
+    vae.register_to_config(scaling_factor=old.config["scaling_factor"])
+    return vae
+
+
 def _autoencoder(settings: Autoencoder, shape: Shape | None, stream: Stream | None) -> tuple[Method, base.Spec]:
     if shape is None or stream is None:
         raise UserError("data.kind: `autoencoder` needs pictures, conditions_only has none")
     levels = 2 ** len(settings.channels)
     if shape[0] != 3 or shape[1] % levels:
         raise UserError(f"data: an autoencoder takes 3 channels and a side that is a multiple of {levels}, not {shape}")
-    vae = sana.new_autoencoder(settings.channels, settings.latent_channels, settings.layers)
+    vae = _new_autoencoder(settings)
     side = shape[1] // levels
     examples = stream.next().images[:EXAMPLES]
     return AutoencoderTraining(settings, vae, (settings.latent_channels, side, side), examples), PictureSpec(shape)

@@ -101,6 +101,13 @@ def hinge_discriminator(real: Tensor, fake: Tensor, fake_weight: Tensor) -> Tens
     return 0.5 * (F.relu(1 - real).mean() + (fake_weight * on_fake).sum() / fake_weight.sum().clamp_min(1))
 
 
+def separation(real: Tensor, fake: Tensor) -> Tensor:
+    """Area under the discriminator's ROC curve, a scalar: the share of pairs of a real and a fake picture in which the
+    real one has the greater mean logit. 0.5 is chance, where an adversarial term teaches nothing; logits (B, K)."""
+    gap = real.mean(1)[:, None] - fake.mean(1)
+    return (gap > 0).float().mean() + 0.5 * (gap == 0).float().mean()
+
+
 def misaligned(x0: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
     """Real pictures beside another sample's condition: ``x0`` rolled by one, and whether that condition is another.
 

@@ -340,12 +340,13 @@ class SolidsPictures:
         size: int = 64,
         turntable: float = 0.0,
         pairs: float = 0.0,
+        device: str = "cpu",
         workers: int = 0,
         keep: bool = False,
     ):
         self.count, self.shape, self.workers = count, (3, size, size), workers
         self.class_names: list[str] = []
-        self.world = Solids(size, captions.held_out(), turntable, pairs)
+        self.world = Solids(size, captions.held_out(), turntable, pairs, device)
         self._kept: dict[int, tuple[Tensor, str]] | None = {} if keep else None
         self._pool = None
         if workers:

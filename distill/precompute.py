@@ -13,9 +13,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 import tyro
+from torch import nn
 
 from distill import stored
 from distill.build import build_stream, load_teacher, read_prompts, sana_spec
@@ -115,6 +117,8 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
         "source": told(config.data, source),
     }
     state, device = stored.processes()
+    if isinstance(spec, SanaSpec):  # convolutions of a CPU take a third less time so
+        cast(nn.Module, spec.vae).to(memory_format=torch.channels_last)
     stored.run(stored.Writer(options.output, spec, source, facts, device, options.verify), state)
     if state.is_main_process:
         print(f"{options.output}: {facts['count']} samples of {teacher} in {options.dtype}")

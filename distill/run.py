@@ -25,6 +25,7 @@ from distill.settings import (
     PrecomputedData,
     Pretrain,
     SceneDistillation,
+    check,
     read_values,
     write_config,
 )
@@ -140,12 +141,20 @@ def with_precision(config: Config) -> tuple[Config, str]:
     return precision.resolved(config, PartialState(cpu=not torch.accelerator.is_available()).device, before)
 
 
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with today's defaults for the keys that came after it; as they are if they fit no more."""
+    try:
+        return check(values, "config.yaml").model_dump(mode="json")
+    except UserError:
+        return values
+
+
 def check_same_run(config: Config) -> None:
     """UserError if the run folder belongs to a run with other settings."""
     path = config.output / "config.yaml"
     if not path.is_file():
         return
-    old, new = _flat(read_run(config.output)), _flat(config.model_dump(mode="json"))
+    old, new = _flat(_with_defaults(read_run(config.output))), _flat(config.model_dump(mode="json"))
     starts = [
         values.get("method.start") and os.path.relpath(values["method.start"], values["output"])
         for values in (old, new)

@@ -103,6 +103,8 @@ class SolidsData(Schema):
     """Share of pictures of one solid in the middle, from all sides, whose captions say from where."""
     pairs: float = Field(default=0.0, ge=0, le=1)
     """Share of the others that show two solids named apart, the hardest captions; the rest are of any of six tasks."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Where pictures are rendered: cpu, or cuda for a GPU."""
     workers: int = Field(default=0, ge=0)
     """Processes that render; 0: this one."""
     keep: bool = False
@@ -254,12 +256,27 @@ class Autoencoder(Schema):
     """Residual blocks per level."""
     latent_channels: int = Field(default=16, gt=0)
     """Channels of a latent."""
+    decoder_channels: list[int] | None = None
+    """Channels per level of the decoder; null: those of the encoder."""
+    decoder_layers: int | None = Field(default=None, gt=0)
+    """Residual blocks per level of the decoder; null: those of the encoder."""
+    start: Path | None = None
+    """Run folder of an `autoencoder` run, or folder with vae/, whose encoder stays: the decoder alone is trained, from
+    its weights where the sizes are the same, and latents that were stored stay valid. null: both are trained."""
     edge_weight: float = Field(default=1.0, ge=0)
     """Weight of the squared error of differences between neighbouring pixels beside that of the pixels."""
     latent_noise: float = Field(default=0.05, ge=0)
     """Standard deviation of the noise added to latents in training: a generator's latents are not exact."""
     latent_weight: float = Field(default=0.005, ge=0)
     """Weight of the channels' divergence from zero mean and unit variance, which keeps that noise small beside them."""
+
+    @model_validator(mode="after")
+    def _as_many_levels(self) -> Self:
+        if self.decoder_channels is not None and len(self.decoder_channels) != len(self.channels):
+            raise ValueError(
+                f"decoder_channels: {self.decoder_channels} has other levels than channels {self.channels}"
+            )
+        return self
 
 
 class SanaSize(Schema):

@@ -161,6 +161,14 @@ def test_misaligned_pairs_of_odd_and_even_batches(count: int) -> None:
     assert losses.misaligned(x0, same)[1].tolist() == [1.0, 1.0, *[0.0] * (count - 2)]
 
 
+def test_separation_is_the_area_under_the_curve():
+    column = lambda *values: torch.tensor(values)[:, None].expand(-1, 3)
+    assert losses.separation(column(1.0, 2.0), column(-1.0, 0.0)) == 1
+    assert losses.separation(column(1.0, 2.0), column(1.0, 2.0)) == 0.5
+    assert losses.separation(column(0.0, 3.0), column(1.0, 2.0, 4.0, -1.0)) == pytest.approx(0.5)
+    assert losses.separation(column(0.0), column(1.0)) == 0
+
+
 def test_noise_levels_are_the_papers_tau() -> None:
     """``t = atan(e^tau / sigma_d)``: LogNormal on the process of the scaled data, whatever the convention."""
     u = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)

@@ -165,7 +165,14 @@ def run(base: Path, name: str, method: dict, teacher: Path, **rest: object) -> P
         "teacher": {"path": str(teacher)},
         "method": method,
         "student": {"lr": 1e-2, "beta2": 0.9},
-        "train": {"steps": 3, "batch_size": 4, "log_every": 1, "sample_every": 3, "checkpoint_every": 3},
+        "train": {
+            "steps": 3,
+            "batch_size": 4,
+            "mixed_precision": "no",
+            "log_every": 1,
+            "sample_every": 3,
+            "checkpoint_every": 3,
+        },
     } | rest
     path = base / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -66,7 +66,8 @@ def values(
         "lora": {"rank": 2} if lora else None,
         "student": {"lr": 1e-3},
         "train": {
-            "steps": 3, "batch_size": 2, "cpu_threads": 1, "log_every": 1, "sample_every": 100, "checkpoint_every": 3
+            "steps": 3, "batch_size": 2, "mixed_precision": "no", "cpu_threads": 1, "log_every": 1,
+            "sample_every": 100, "checkpoint_every": 3,
         },
     }  # fmt: skip
 

@@ -13,13 +13,14 @@ from PIL import Image, ImageDraw
 from eval.features import extract, quantize
 from eval.frechet import frechet_distance
 from eval.geneval import Detection, Options, judge, summarize
-from eval.geneval.__main__ import judge_pictures
+from eval.geneval.__main__ import judge_pictures, seen_prompts
 from eval.geneval.folder import standard_error
 from eval.geneval.judge import COLOURS, cutout, iou, kept, relations
 from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of, components
 from eval.reference import load_reference
-from models.scene.captions import EVALUATION, SHAPES, Thing, describe, prompts
+from models.errors import UserError
+from models.scene.captions import EVALUATION, SHAPES, Thing, describe, held_out, prompts
 from models.scene.solids import render, sample_scene
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "geneval_golden.json").read_text())
@@ -150,6 +151,24 @@ def test_scores_of_true_renders_are_the_ceiling_and_a_wrong_prompt_scores_nothin
     assert right.scores["score"] > 0.85 > 0.2 > wrong.scores["score"]
     assert right.scores["fd_solids"] == pytest.approx(wrong.scores["fd_solids"])
     assert all(record["reason"] for record in wrong.records if not record["correct"])
+
+
+def test_seen_prompts_are_of_the_same_tasks_and_none_is_held_out():
+    found = seen_prompts(50)
+    assert len(found) == len({m["prompt"] for m in found}) == 50
+    assert {m["tag"] for m in found} == {"position", "color_attr"}
+    assert not {m["prompt"] for m in found} & held_out() and seen_prompts(0) == []
+
+
+def test_larger_pictures_are_judged_at_the_detectors_size(detector: SolidsDetector):
+    """True renders of 128 pixels: the same solids in the same boxes as in those of 64; other sizes are refused."""
+    asked = [describe([Thing(shape, "red")]) for shape in SHAPES]
+    small, large = (detector(true_renders(asked, HELD_OUT + 100, size)) for size in (64, 128))
+    for mine, other in zip(small, large, strict=True):
+        assert [(s.label, s.colour) for s in mine] == [(s.label, s.colour) for s in other]
+        assert (torch.tensor(mine[0].box) - torch.tensor(other[0].box)).abs().max() <= 2
+    with pytest.raises(UserError, match="take 64 x 64, or multiples"):
+        detector(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
 
 
 def test_image_distance_orders_known_damage():

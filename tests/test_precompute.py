@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
 from torch import nn
 
 from distill import precompute, stored
@@ -24,6 +25,7 @@ from distill.data import ImageFolder, ShuffledStream
 from distill.run import build, train
 from distill.settings import Config, check
 from distill.stored import Stored
+from eval.binding import RATIOS
 from models.errors import UserError
 from models.teachers import load
 from models.teachers.base import TextSpec
@@ -530,3 +532,43 @@ def test_latents_without_a_digest_are_kept_with_a_line(
     build_stream(Config.model_validate(classes | {"data": precomputed(tmp_path)}), 0, 1)
     make(tmp_path, classes, "latents")
     assert "8 shards do not tell what they were made of: not compared" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------- a new teacher
+
+
+def new_teacher(base: Path, other: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a new Sana with the autoencoder and the text encoder of the folder ``other``."""
+    sizes = {"width": 32, "depth": 1, "text_width": 32, "text_depth": 1, "max_length": 16}
+    sana = sizes | {"autoencoder": str(other), "text_encoder": str(other)}
+    config = settings(base, "new", data=data)
+    config["method"] = {"kind": "pretrain", "sigma_data": 1.0, "sana": sana}
+    config["train"] |= {"steps": 3, "log_every": 1, "sample_every": 2, "batch_size": 4}
+    del config["teacher"]
+    return config
+
+
+def test_a_new_teacher_learns_from_latents_with_a_text_encoder_that_stays(tmp_path: Path):
+    other = save_sana(tmp_path / "other")
+    pictures = {"kind": "solids", "count": 8, "size": 32, "pairs": 0.5}
+    folder = make(tmp_path, new_teacher(tmp_path, other, pictures), "latents", dtype="float16")
+    config = new_teacher(tmp_path, other, precomputed(tmp_path))
+    assert train(check(config, "test")) == 0
+    lines = metrics(tmp_path / "new")
+    found = {name for line in lines for name in line if name.startswith("binding/")}
+    assert found == {"binding/colours", "binding/relation", "binding/count"}
+    assert [len(line["binding/colours"]) for line in lines if "binding/colours" in line] == [len(RATIOS)] * 2
+    _, spec = load(tmp_path / "new" / "student")
+    assert isinstance(spec, SanaSpec)
+    for name, value in load_file(other / "text_encoder" / "model.safetensors").items():
+        assert torch.equal(spec.text_encoder.state_dict()[name], value)
+    student = new_teacher(tmp_path, other, precomputed(tmp_path)) | {"teacher": {"path": str(tmp_path / "new/student")}}
+    student |= {"method": {"kind": "consistency", "guidance": [1.0]}, "output": str(tmp_path / "scm")}
+    assert build(check(student, "test")).spec.shape == (4, 8, 8)  # its student learns from the same folder
+    stranger = save_sana(tmp_path / "stranger", seed=1)
+    refused = new_teacher(tmp_path, stranger, precomputed(tmp_path)) | {"output": str(tmp_path / "refused")}
+    assert f"{folder} was made by another teacher" in error(refused)
+    untaught = new_teacher(tmp_path, other, pictures)
+    untaught["method"]["sana"]["text_encoder"] = None
+    with pytest.raises(UserError, match=r"method\.sana\.text_encoder: missing"):
+        make(tmp_path, untaught, "never")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import SanaPipeline, SanaSprintPipeline
+from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline
 from diffusers.schedulers import scheduling_scm
 from PIL import Image
 from safetensors.torch import load_file
@@ -199,7 +199,14 @@ def run(base: Path, name: str, method: dict[str, Any], **changes: Any) -> Path:
         "data": {"kind": "solids", "size": 32},
         "method": method,
         "student": {"lr": 1e-3},
-        "train": {"steps": 2, "batch_size": 4, "cpu_threads": 1, "log_every": 1, "sample_every": 100},
+        "train": {
+            "steps": 2,
+            "batch_size": 4,
+            "mixed_precision": "no",
+            "cpu_threads": 1,
+            "log_every": 1,
+            "sample_every": 100,
+        },
     }
     path = base / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | changes))
@@ -236,6 +243,28 @@ def test_the_latents_scale_outlives_a_batch_that_is_not_finite():
     assert float(network.scale) == 1
     network(pictures, noise)
     assert 0 < float(network.scale) != 1
+
+
+def test_a_decoder_is_trained_alone_and_stored_latents_stay_valid(solids: Path):
+    """The encoder and its scale are those of the run before; the decoder may be of another size."""
+    sizes = {"kind": "autoencoder", "channels": [16, 32, 32], "latent_channels": 4}
+    first = AutoencoderDC.from_pretrained(solids / "autoencoder" / "student" / "vae")
+    for name, more in (("same", {}), ("wider", {"decoder_channels": [32, 32, 32], "decoder_layers": 2})):
+        method = sizes | more | {"start": str(solids / "autoencoder")}
+        found = AutoencoderDC.from_pretrained(run(solids, name, method) / "student" / "vae")
+        assert found.config["scaling_factor"] == first.config["scaling_factor"]
+        for key, value in first.encoder.state_dict().items():
+            assert torch.equal(found.encoder.state_dict()[key], value)
+        assert sum(p.numel() for p in found.decoder.parameters()) >= sum(p.numel() for p in first.decoder.parameters())
+        moved = zip(first.decoder.parameters(), found.decoder.parameters(), strict=False)
+        gaps = [float((a - b).detach().abs().max()) for a, b in moved if a.shape == b.shape]
+        assert max(gaps) > 0 and (max(gaps) < 0.01) == (name == "same")
+    values = yaml.safe_load((solids / "same.yaml").read_text())
+    values["method"] |= {"channels": [16, 16, 32], "decoder_channels": None}
+    with pytest.raises(UserError, match="has an encoder of other sizes"):
+        config = Config.model_validate(values)
+        stream, shape, names = build_stream(config, 0, 1)
+        build_method(config, shape, names, stream)
 
 
 def test_a_teacher_is_trained_further(solids: Path):

@@ -65,6 +65,7 @@ def values(base: Path, teacher: Path, output: str, **method: Any) -> dict[str, A
         "train": {
             "steps": 40,
             "batch_size": 2,
+            "mixed_precision": "no",
             "cpu_threads": 1,
             "log_every": 2,
             "sample_every": 100,

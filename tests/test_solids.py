@@ -15,6 +15,7 @@ from models.errors import UserError
 from models.scene.cameras import Camera, camera_to_world, rays
 from models.scene.captions import (
     COLOURS,
+    PAIRS,
     SEEN,
     SHAPES,
     TASKS,
@@ -415,3 +416,20 @@ def test_contact_sheet(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "sheet.png").stat().st_size > 1000
     with pytest.raises(UserError, match="count 0"):
         contact_sheet(0, 0, tmp_path / "sheet.png")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_renders_the_same_pictures():
+    scenes = [sample_scene(i) for i in range(32)]
+    here, there = render(scenes, 128), render(scenes, 128, device="cuda")
+    assert (here.images - there.images.cpu()).abs().mean() < 1e-4
+    assert (here.index == there.index.cpu()).float().mean() > 0.999
+
+
+def test_pairs_make_up_their_share_and_nothing_else_changes():
+    plain, paired = Solids(8), Solids(8, pairs=0.5)
+    tags = [[world.batch([seed])[1][0].metadata["tag"] for seed in range(300)] for world in (plain, paired)]
+    share = [sum(tag in PAIRS for tag in part) / 300 for part in tags]
+    assert share[0] == pytest.approx(0.5, abs=0.09) and share[1] == pytest.approx(0.75, abs=0.09)
+    assert sum(a == b for a, b in zip(*tags, strict=True)) > 150

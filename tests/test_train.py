@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
@@ -139,6 +140,18 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(folder.iterdir()) == []
     trainer.save()
     assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(base: Path):
+    shutil.copytree(base / "whole", base / "older")
+    path = base / "older" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["train"]["gradient_checkpointing"], values["data"]["workers"]
+    path.write_text(yaml.safe_dump(values))
+    assert train("--config", write_settings(base, "older")).returncode == 0
+    values["train"]["seed"] = 1
+    path.write_text(yaml.safe_dump(values))
+    assert "train.seed 1 -> 0" in train("--config", write_settings(base, "older")).stderr
 
 
 def test_resume_between_log_lines_keeps_the_means(base: Path):

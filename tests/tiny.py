@@ -82,6 +82,7 @@ def settings(base: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
             "sample_every": 100,
             "checkpoint_every": 2,
             "ema_decay": 0.9,
+            "mixed_precision": "no",
         },
     }
     for key, value in changes.items():

@@ -1,5 +1,7 @@
 """Train the autoencoder in whose latents a text-to-image teacher works (DC-AE, arXiv 2410.10733, without its GAN)."""
 
+from typing import cast
+
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
@@ -10,19 +12,29 @@ from models.condition import Condition
 
 
 class Reconstruction(nn.Module):
-    """Pictures to pictures through noised latents; keeps the latents' standard deviation, which becomes their scale."""
+    """Pictures to pictures through noised latents; keeps the latents' standard deviation, which becomes their scale.
+
+    With a ``fixed`` encoder the decoder alone has gradients, and the scale stays.
+    """
 
     scale: Tensor
 
-    def __init__(self, vae: AutoencoderDC):
+    def __init__(self, vae: AutoencoderDC, fixed: bool = False):
         super().__init__()
-        self.vae = vae
-        self.register_buffer("scale", torch.ones(()))
+        self.vae, self.fixed = vae, fixed
+        self.register_buffer("scale", torch.tensor(1 / vae.config["scaling_factor"] if fixed else 1.0))
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Reconstruction":
+        super().requires_grad_(requires_grad)
+        if self.fixed:
+            cast(nn.Module, self.vae).encoder.requires_grad_(False)
+        return self
 
     def forward(self, pictures: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reconstructions, and the latents that ``noise`` (B, C, h, w) was added to."""
-        latents = self.vae.encode(pictures).latent  # type: ignore[union-attr]
-        if noise is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
+            latents = self.vae.encode(pictures).latent  # type: ignore[union-attr]
+        if noise is not None and not self.fixed:
             deviation = latents.detach().std().to(self.scale.dtype)
             # the optimizer skips what is not finite; one such batch must not stay in the average for ever
             self.scale.lerp_(torch.where(deviation.isfinite(), deviation, self.scale), 0.05)
@@ -47,7 +59,7 @@ class AutoencoderTraining:
 
     def __init__(self, settings: Autoencoder, vae: AutoencoderDC, shape: tuple[int, int, int], examples: Tensor):
         self.settings, self.shape, self.examples = settings, shape, examples
-        self.network = Reconstruction(vae)
+        self.network = Reconstruction(vae, fixed=settings.start is not None).requires_grad_()
         self.networks: dict[str, nn.Module] = {"student": self.network}
         self.buffers: dict[str, nn.Module] = {}
         self.frozen: list[nn.Module] = []
@@ -86,5 +98,6 @@ class AutoencoderTraining:
         return {}
 
     def exported(self) -> nn.Module:
-        self.network.vae.register_to_config(scaling_factor=1 / float(self.network.scale))
+        if not self.network.fixed:
+            self.network.vae.register_to_config(scaling_factor=1 / float(self.network.scale))
         return self.network.vae

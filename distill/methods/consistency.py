@@ -192,8 +192,9 @@ class ConsistencyDistillation:
             features = self._features(self.process.add_noise(torch.cat(pictures), noise, t), t, Condition.cat(conds))
         logits = self.networks["discriminator"](features)
         loss = losses.hinge_discriminator(logits[: len(fake)], logits[len(fake) :], counts)
-        means = {"d_real": logits[: len(fake)], "d_fake": logits[len(fake) : 2 * len(fake)]}
-        return loss, {"d_loss": loss.detach()} | {name: value.detach().mean() for name, value in means.items()}
+        means = {"d_real": logits[: len(fake)].detach(), "d_fake": logits[len(fake) : 2 * len(fake)].detach()}
+        logs: Logs = {"d_loss": loss.detach(), "d_auc": losses.separation(*means.values())}
+        return loss, logs | {name: value.mean() for name, value in means.items()}
 
     def _fakes(self, turn: Turn) -> tuple[Tensor, Condition]:
         """The student's samples of this step, or new ones."""

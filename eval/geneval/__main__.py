@@ -12,6 +12,7 @@ Folders of pictures are judged one by one and resumed; `torchrun` or `accelerate
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from eval.geneval.prompts import HELD_OUT, true_renders
 from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
 from eval.machine import environment, home_of, place_of, refuse_unread, share
 from eval.reference import load_reference
+from eval.sheet import sheet
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.folders import replace_text
@@ -65,6 +67,9 @@ class Options:
     """Scale that the student is told; default: its own."""
     num_images: int = 600
     """Prompts, a picture each, the six tasks in turn."""
+    seen: int = 0
+    """So many more prompts of the tasks whose own are held out of training, of those that training has: scored apart,
+    to tell understanding from memory."""
     seed: int = 0
     """Picture i has the noise of seed + i."""
     batch: int = 100
@@ -129,25 +134,25 @@ COLUMNS = 12
 
 
 def grid(results: Sequence[Result], columns: int = COLUMNS) -> Image.Image:
-    """A row of pictures for each result, the same prompts in each."""
-    rows = [torch.cat(list(result.pictures[:columns]), 2) for result in results]
-    return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+    """A row of the first pictures for each result, over their prompts: chosen by number, not by beauty."""
+    asked = [record["prompt"].removeprefix("a photo of ") for record in results[0].records[:columns]]
+    return sheet({result.name: result.pictures[:columns] for result in results}, asked)
 
 
 def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of scores by sampler: mean, image distance, and the six tasks, in per cent."""
-    lines = [f"{'':<24}{'score':>13}{'unseen':>8}{'fd_solids':>11}" + "".join(f"{t:>15}" for t in TASKS)]
+    lines = [f"{'':<24}{'score':>13}{'unseen':>8}{'seen':>8}{'fd_solids':>11}" + "".join(f"{t:>15}" for t in TASKS)]
     for name, s in results.items():
         share = f"{100 * s['score']:.1f} ± {100 * s['error']:.1f}"
         tasks = "".join(f"{100 * s['tasks'].get(t, float('nan')):>15.1f}" for t in TASKS)
-        unseen = f"{100 * s['unseen_prompts']:.1f}" if "unseen_prompts" in s else "-"
+        unseen, seen = (f"{100 * s[f'{n}_prompts']:.1f}" if f"{n}_prompts" in s else "-" for n in ("unseen", "seen"))
         distance = f"{s['fd_solids']:.3f}" if "fd_solids" in s else "-"
-        lines.append(f"{name:<24}{share:>13}{unseen:>8}{distance:>11}{tasks}")
+        lines.append(f"{name:<24}{share:>13}{unseen:>8}{seen:>8}{distance:>11}{tasks}")
         if "second" in s:
             other = s["second"]
             share = f"{100 * other['score']:.1f} ± {100 * other['error']:.1f}"
             tasks = "".join(f"{100 * other['tasks'].get(t, float('nan')):>15.1f}" for t in TASKS)
-            lines.append(f"{'  by the second judge':<24}{share:>13}{'':>19}{tasks}")
+            lines.append(f"{'  by the second judge':<24}{share:>13}{'':>27}{tasks}")
     return "\n".join(lines)
 
 
@@ -176,9 +181,23 @@ def evaluate(options: Options, paints: Mapping[str, Painter], place: torch.devic
     size = max(paint.spec.picture[1] for paint in paints.values())
     first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0], size)
     results = [judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), *by)]
+    twins = seen_prompts(options.seen)
     for name, paint in paints.items():
-        results.append(judge_pictures(name, batches(paint, asked, options.seed, options.batch, name), *by))
+        result = judge_pictures(name, batches(paint, asked, options.seed, options.batch, name), *by)
+        if twins:
+            made = batches(paint, twins, options.seed + len(asked), options.batch, f"{name}, seen")
+            right = [record["correct"] for record in judge_pictures(name, made, *by[:2]).records]
+            result.scores.update(seen_prompts=sum(right) / len(right), seen_error=standard_error(right))
+        results.append(result)
     return results
+
+
+def seen_prompts(count: int) -> list[Metadata]:
+    """Captions of the tasks whose evaluation prompts are held out, that are not held out themselves."""
+    tasks = {m["tag"] for m in prompts(EVALUATION, 600) if m["prompt"] in held_out()}
+    share = len(TASKS) / max(1, len(tasks))
+    drawn = prompts(EVALUATION + 1, math.ceil(share * count) + len(TASKS), held_out()) if count else []
+    return [m for m in drawn if m["tag"] in tasks][:count]
 
 
 def file_name(name: str) -> str:
@@ -235,10 +254,20 @@ def main(options: Options) -> None:
     if options.batch < 1 or options.each < 1:
         raise UserError(f"--batch ({options.batch}) and --each ({options.each}) must be at least 1")
     if options.images is not None:
-        named = ("steps", "teacher_steps", "teacher_guidance", "guidance", "seed", "each", "num_images", "batch")
+        named = (
+            "steps",
+            "teacher_steps",
+            "teacher_guidance",
+            "guidance",
+            "seed",
+            "each",
+            "num_images",
+            "batch",
+            "seen",
+        )
         refuse_unread(options, named, "beside --images")
     elif options.detector is not None:
-        refuse_unread(options, ("num_images", "batch"), "beside --detector, whose prompts are GenEval's 553,")
+        refuse_unread(options, ("num_images", "batch", "seen"), "beside --detector, whose prompts are GenEval's 553,")
     else:
         refuse_unread(options, ("each", "clip"), "without --detector")
     home = home_of(options.student) if options.student is not None else options.images and options.images.parent

@@ -337,34 +337,40 @@ def boxes_around(masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | None = None) -> Rendered:
-    """Render ``size`` x ``size`` pictures from each scene's own camera, or from ``cameras`` instead.
+def render(
+    scenes: Sequence[Scene],
+    size: int = 64,
+    cameras: Sequence[Camera] | None = None,
+    device: torch.device | str = "cpu",
+) -> Rendered:
+    """Render ``size`` x ``size`` pictures from each scene's own camera, or from ``cameras`` instead, on ``device``.
 
     All solids of one shape are sphere traced together, each only along the rays that meet its bounding sphere. Edges
     are smooth without more rays: coverage falls from 1 to 0 over the pixel's width as the ray's least distance to the
     surface goes from half a pixel inside to half a pixel outside.
     """
     cameras = cameras or [scene.camera for scene in scenes]
-    origins, directions = rays(cameras, size)
+    origins, directions = (part.to(device) for part in rays(cameras, size))
     directions = directions.flatten(2)
-    light = torch.tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
+    tensor = lambda values: torch.tensor(values, device=device)
+    light = tensor([[math.sin(a), 1.3, math.cos(a)] for a in (math.radians(s.light) for s in scenes)])
     light = torch.nn.functional.normalize(light, dim=1)
 
     flat = [(b, k, solid) for b, scene in enumerate(scenes) for k, solid in enumerate(scene.solids)]
-    batch = torch.tensor([b for b, _, _ in flat])
-    number = torch.tensor([k for _, k, _ in flat])
-    kind = torch.tensor([SHAPES.index(solid.shape) for _, _, solid in flat])
-    radius = torch.tensor([solid.radius for _, _, solid in flat])
-    centre = torch.tensor([solid.centre for _, _, solid in flat])
-    rotation = torch.tensor([solid.rotation for _, _, solid in flat])
-    albedo = torch.tensor([RGB[solid.colour] for _, _, solid in flat])
+    batch = tensor([b for b, _, _ in flat])
+    number = tensor([k for _, k, _ in flat])
+    kind = tensor([SHAPES.index(solid.shape) for _, _, solid in flat])
+    radius = tensor([solid.radius for _, _, solid in flat])
+    centre = tensor([solid.centre for _, _, solid in flat])
+    rotation = tensor([solid.rotation for _, _, solid in flat])
+    albedo = tensor([RGB[solid.colour] for _, _, solid in flat])
     towards = centre - origins[batch]
-    half = torch.tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
+    half = tensor([camera.slope for camera in cameras])[batch] / size * towards.norm(dim=1) / radius
 
     # Rays in front of the camera that pass a bounding sphere, grown by half a pixel.
     bound = radius * (1 + half)
     which, place = _windows(cameras, batch, centre, bound, size)
-    channels = torch.arange(3)[:, None] * size**2
+    channels = torch.arange(3, device=device)[:, None] * size**2
     world = directions.flatten()[channels + (batch[which] * (3 * size**2) + place)]
     along = (towards.T[:, which] * world).sum(0)
     chord = torch.addcmul((bound.square() - towards.square().sum(1))[which], along, along)
@@ -393,9 +399,10 @@ def render(scenes: Sequence[Scene], size: int = 64, cameras: Sequence[Camera] | 
     power = towards.square().sum(1) - radius.square()
     rank = ((batch[:, None] == batch) & (power[:, None] < power)).sum(1)[solid]
     pixel = batch[solid] * size**2 + place
-    tone = torch.tensor([scene.tone for scene in scenes])
+    tone = tensor([scene.tone for scene in scenes])
     image = backdrop(tone, origins, directions, light, batch, centre, radius).flatten()[:, None].repeat(1, 3)
-    index, depth = torch.full((len(image),), -1), torch.full((len(image),), math.inf)
+    index = torch.full((len(image),), -1, device=device)
+    depth = torch.full((len(image),), math.inf, device=device)
     for level in range(int(rank.max()) + 1):
         chosen = (rank == level).nonzero().squeeze(1)
         where = pixel[chosen]
@@ -410,9 +417,9 @@ def _windows(
     cameras: Sequence[Camera], batch: Tensor, centre: Tensor, radius: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """The pixels of each bounding sphere's box: the sphere and the place, row * ``size`` + column, of each (N,)."""
-    view = camera_to_world(cameras)[batch]
+    view = camera_to_world(cameras).to(batch.device)[batch]
     x, y, z = (view[:, :3, :3].mT @ (centre - view[:, :3, 3])[:, :, None])[:, :, 0].unbind(1)
-    slope = torch.tensor([camera.slope for camera in cameras])[batch]
+    slope = torch.tensor([camera.slope for camera in cameras], device=batch.device)[batch]
 
     def interval(across: Tensor) -> tuple[Tensor, Tensor]:
         middle, sine = torch.atan2(across, -z), radius / torch.hypot(across, z)
@@ -424,8 +431,8 @@ def _windows(
     (left, right), (top, bottom) = interval(x), interval(-y)
     width = right - left
     area = width * (bottom - top)
-    which = torch.arange(len(area)).repeat_interleave(area)
-    offset = torch.arange(len(which)) - (area.cumsum(0) - area)[which]
+    which = torch.arange(len(area), device=area.device).repeat_interleave(area)
+    offset = torch.arange(len(which), device=area.device) - (area.cumsum(0) - area)[which]
     row = torch.div(offset, width[which], rounding_mode="floor")
     return which, (top * size + left)[which] + row * size + offset - row * width[which]
 
@@ -472,7 +479,7 @@ def _trace(shape: str, start: Tensor, heading: Tensor, entry: Tensor, half: Tens
     """
     leave = -2 * (start * heading).sum(0) - entry
     t, least, nearest, before = entry.clone(), torch.full_like(entry, math.inf), entry.clone(), entry.clone()
-    live = torch.arange(len(t))
+    live = torch.arange(len(t), device=t.device)
     for _ in range(5):
         o, d, inset = start[:, live], heading[:, live], half[live]
         s, low, best, out = t[live], least[live], nearest[live], before[live]
@@ -507,13 +514,15 @@ class Solids:
     """The world as a source of training batches, ``size`` pixels a side, without the captions in ``exclude``.
 
     In a share ``turntable`` of the pictures one solid is seen from all sides. In a share ``pairs`` of the others there
-    are two solids, named apart (:data:`~models.scene.captions.PAIRS`); the rest are of any task.
+    are two solids, named apart (:data:`~models.scene.captions.PAIRS`); the rest are of any task. They are rendered on
+    ``device`` and returned on the CPU.
     """
 
     size: int = 64
     exclude: frozenset[str] = frozenset()
     turntable: float = 0.0
     pairs: float = 0.0
+    device: str = "cpu"
 
     def _scene(self, seed: int) -> Scene:
         if mix(seed, 2) < self.turntable * 2**63:
@@ -523,7 +532,7 @@ class Solids:
     def batch(self, seeds: Sequence[int]) -> tuple[Tensor, list[Scene]]:
         """Pictures (B, 3, H, W) in [-1, 1] and scenes of the seeds."""
         scenes = [self._scene(seed) for seed in seeds]
-        return render(scenes, self.size).images, scenes
+        return render(scenes, self.size, device=self.device).images.cpu(), scenes
 
     def captioned(self, seeds: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Pictures as of :meth:`batch`, and their captions."""

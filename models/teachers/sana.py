@@ -442,20 +442,24 @@ def new_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerB
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **special)
 
 
-def new_autoencoder(channels: Sequence[int], latent_channels: int, layers: int) -> AutoencoderDC:
+def new_autoencoder(
+    channels: Sequence[int],
+    latent_channels: int,
+    layers: int,
+    decoder_channels: Sequence[int] | None = None,
+    decoder_layers: int | None = None,
+) -> AutoencoderDC:
     """A deep-compression autoencoder (arXiv 2410.10733) with random weights, ``2^len(channels)`` pixels to a latent.
 
     The first level has no layers: pictures are folded at once, since convolutions at full resolution are what a CPU
-    pays for.
+    pays for. The decoder is like the encoder unless told otherwise.
     """
-    widths = (channels[0], *channels)
-    depths = (0, *[layers] * len(channels))
-    return AutoencoderDC(
-        latent_channels=latent_channels,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        encoder_layers_per_block=depths,
-        decoder_layers_per_block=depths,
-        encoder_qkv_multiscales=((),) * len(widths),
-        decoder_qkv_multiscales=((),) * len(widths),
-    )
+    sides: dict[str, Any] = {}
+    for side, widths, depth in (
+        ("encoder", channels, layers),
+        ("decoder", decoder_channels or channels, decoder_layers or layers),
+    ):
+        sides[f"{side}_block_out_channels"] = (widths[0], *widths)
+        sides[f"{side}_layers_per_block"] = (0, *[depth] * len(widths))
+        sides[f"{side}_qkv_multiscales"] = ((),) * (1 + len(widths))
+    return AutoencoderDC(latent_channels=latent_channels, **sides)
