@@ -192,7 +192,8 @@ def device_memory(device: torch.device) -> int:
 
 def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     """Seconds per student and critic turn (median of ``repeats``), time of the whole run, and memory of a process: by
-    part, at the micro-batch that was asked for, measured where it fits, else foreseen; and the largest one that fits.
+    part, at the micro-batch that was asked for, measured where it fits, else foreseen from smaller ones; and the
+    largest one that fits.
 
     The turns change the trainer's networks: use it for nothing else afterwards. Nothing is written.
     """
@@ -200,13 +201,13 @@ def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
     usable = USABLE * device_memory(device)
     fixed, peaks = plan_memory(trainer, usable)
     room = usable - sum(fixed.values())
+    foreseen = sum(fixed.values()) + max(peak.at(size) for peak in peaks.values())
     seconds, measured = dict.fromkeys(peaks, 0.0), None
     if not any_process(size > min(peak.largest(room) for peak in peaks.values()), device):
         if any(size not in peak.found for peak in peaks.values()):
             measure(trainer, peaks, size)
         measured = sum(fixed.values()) + max(peak.at(size) for peak in peaks.values())
         seconds = {kind: statistics.median(_turn(trainer, kind) for _ in range(repeats)) for kind in peaks}
-    foreseen = {kind: peak.at(size) for kind, peak in peaks.items()}
     step = seconds["student"] + trainer.method.critic_turns * seconds.get("critic", 0.0)
     gib = lambda value: round(value / GIB, 4)
     return {
@@ -220,8 +221,9 @@ def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
         "critic_turns_per_student_turn": trainer.method.critic_turns,
         "hours": round(step * trainer.config.train.steps / 3600, 3) if measured else None,
         "memory_gib": {name: gib(value) for name, value in fixed.items()}
-        | {f"{kind}_turn": gib(value) for kind, value in foreseen.items()}
-        | {"total": gib(sum(fixed.values()) + max(foreseen.values())), "device": gib(device_memory(device))},
+        | {f"{kind}_turn": gib(peak.at(size)) for kind, peak in peaks.items()}
+        | {"total": gib(measured or foreseen), "device": gib(device_memory(device))},
+        "foreseen_peak_gib": gib(foreseen),
         "measured_peak_gib": gib(measured) if measured else None,
         "micro_batch": size,
         "largest_micro_batch": min(peak.largest(room) for peak in peaks.values()),

@@ -36,6 +36,7 @@ def trainer(
 def test_foreseen_memory_is_what_is_measured(family: str, lora: bool, tmp_path: Path) -> None:
     found = estimate(trainer(tmp_path, family, f_distill(family), lora, 12), repeats=1)
     assert found["memory_gib"]["total"] == pytest.approx(found["measured_peak_gib"], rel=0.15)
+    assert found["foreseen_peak_gib"] == pytest.approx(found["measured_peak_gib"], rel=0.15)
     assert found["micro_batch"] == 12 and found["largest_micro_batch"] > 12
     parts = found["memory_gib"]
     assert parts["frozen"] > 0 and parts["student_turn"] > 0 and parts["critic_turn"] > 0
