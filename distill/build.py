@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from tarfile import TarError
 from typing import Any, cast
@@ -70,6 +71,7 @@ from distill.settings import (
     Teacher,
     UniInstruct,
 )
+from distill.source import check_unchanged
 from distill.stored import Stored, cached
 from eval.binding import Binding
 from models import autoencoder
@@ -93,33 +95,39 @@ from models.trigflow import FlowStudent, LogVariance, TrigFlowView
 
 Shape = tuple[int, int, int]
 
+BUILDERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "parquet", "text", "webdataset"}
+"""Names of readers in the place of a data set's."""
+
 EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
 
-def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> Any:
-    """The data set of ``data``; an iterable one is shuffled, shards alone, and split over processes."""
+def hf_dataset(data: HFData, seed: int = 0) -> Any:
+    """The data set of ``data``; an iterable one is shuffled, shards alone."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError("data.kind hf_dataset needs the library `datasets`: pip install -e '.[data]'") from error
+    if data.path in BUILDERS:  # without files they read all that lies in this folder, or end in an IndexError
+        if data.data_files is None:
+            raise UserError(f"data.data_files: missing; {data.path} reads files: name them, e.g. 'shards/*.tar'")
+        if "://" not in data.data_files and not glob(data.data_files, recursive=True):
+            raise UserError(
+                f"data.data_files: there is no file {data.data_files}: wildcards are *, ** and ?, not {{000..009}}"
+            )
     try:
         dataset: Any = datasets.load_dataset(
             data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
         )
-    except (OSError, ValueError, EOFError, TarError, DatasetsError) as error:
-        reason = f"{error} {error.__cause__ or ''}"
+    except (OSError, ValueError, LookupError, EOFError, TarError, DatasetsError) as error:
+        reason = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(reason.split())[:300]}") from error
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))  # models/pictures.py decodes
     if data.streaming:
         dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
-    if data.streaming and world > 1:
-        from datasets.distributed import split_dataset_by_node
-
-        dataset = split_dataset_by_node(dataset, rank, world)
     return dataset
 
 
@@ -194,14 +202,15 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
         case ImageFolderData():
             pictures = _image_folder(data, _known_classes(config))
         case HFData(streaming=True):
-            dataset = hf_dataset(data, rank, world, seed)
+            dataset = hf_dataset(data, seed)
             columns, names = _columns(data).of(_known_classes(config), dataset.features)
             shape = (data.channels, data.size, data.size)
             if config.classes is not None:
                 if columns.caption:
                     raise UserError("classes: these pictures have captions, not classes")
                 dataset = dataset.filter(_of_classes(config.classes, columns))
-            return StreamedPictures(dataset, size, shape, columns, data.on_bad_picture == "skip"), shape, names
+            skip = data.on_bad_picture == "skip"
+            return StreamedPictures(dataset, size, shape, columns, rank, world, skip), shape, names
         case HFData():
             pictures = _hf_pictures(data, _known_classes(config))
         case SolidsData():
@@ -216,6 +225,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             if not _reads_latents(config.method):
                 raise UserError(f"data.kind: `{config.method.kind}` learns from pictures, not from their latents")
             pictures = Stored(data.path)
+            check_unchanged(data.path, pictures.facts)
             if not pictures.pictures:
                 return None, None, []
             groups = pictures.groups if data.streaming else None

@@ -6,9 +6,8 @@ import hashlib
 import itertools
 import shutil
 import subprocess
-import tarfile
+import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from torch.multiprocessing import get_context
 
 from distill.bad_samples import BadSamples
 from distill.class_names import KnownClasses
+from distill.epochs import Epochs
 from distill.picture_folder import CaptionsFrom, PictureFolder
 from eval.pictures import warn_left_out
 from models.condition import Condition
@@ -111,7 +111,13 @@ class Stream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a process of this place in a run of as many was."""
+        ...
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Go on where all processes of a run were, whose number may have been another."""
+        ...
 
 
 class Subset:
@@ -593,73 +599,70 @@ class ShuffledStream:
         self.size, self._ahead = size, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "count": len(self.pictures)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Whatever the number of processes; a line where the number of pictures is another, hence their order."""
+        count, before = len(self.pictures), state.get("count")
         self.position = state["position"]
+        if before not in (None, count):
+            self.position = -(-self.position // before) * count  # the epoch after that one
+            if self.rank == 0:
+                print(f"data: {count} pictures, not {before} as before: a new epoch is begun", file=sys.stderr)
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.load_state_dict(states[0])
 
 
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Its position is the library's own ``state_dict``. Each epoch takes the shards in another order and reads several by
-    turns; pictures within a shard keep theirs, since a buffer that shuffles them could not be resumed exactly.
+    Each epoch takes the shards in another order and reads several by turns; pictures within a shard keep theirs, since
+    a buffer that shuffles them could not be resumed exactly. Positions are those of :class:`~distill.epochs.Epochs`.
     """
 
-    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns, skip: bool = False):
-        self.dataset, self.size, self.shape, self.columns = dataset, size, shape, columns
-        self.bad = BadSamples(skip)
-        self.epoch = 0
-        self.dataset.set_epoch(0)
-        self._rows: Iterator[dict[str, Any]] = iter(self.dataset)
-        self._read = 0
-        """Rows of this epoch since the stream was opened, for messages."""
+    def __init__(
+        self,
+        dataset: Any,
+        size: int,
+        shape: tuple[int, int, int],
+        columns: Columns,
+        rank: int = 0,
+        world: int = 1,
+        skip: bool = False,
+    ):
+        self.size, self.shape, self.columns = size, shape, columns
+        self.rows, self.bad = Epochs(dataset, rank, world), BadSamples(skip)
+        self._read, self._good = 0, 0
+        """Rows since the stream was opened, for messages; the epoch of the last one that could be used."""
 
     def next(self) -> Batch:
         samples: list[Sample] = []
-        fresh = False
         while len(samples) < self.size:
-            row = self._row()
-            if row is not None:
-                try:
-                    samples.append(self.columns.sample(row, self.shape, row_name(row, self._read - 1)))
-                    fresh = False
-                except BadSample as error:
-                    self.bad.meet(error)
-                continue
-            if fresh:
-                raise UserError(
-                    "data: the streamed data set gives no picture to this process: fewer shards than processes"
-                    f"{', or none that can be used' if len(self.bad) else ''}?"
-                )
-            self.epoch, fresh, self._read = self.epoch + 1, True, 0
-            self.dataset.set_epoch(self.epoch)
-            self._rows = iter(self.dataset)
+            row = self.rows.next()
+            if self.rows.epoch > self._good + 1:
+                raise UserError("data: a whole epoch of the stream has no picture that can be used")
+            self._read += 1
+            try:
+                samples.append(self.columns.sample(row, self.shape, row_name(row, self._read - 1)))
+                self._good = self.rows.epoch
+            except BadSample as error:
+                self.bad.meet(error)
         return collate(samples, self.columns.caption is not None)
-
-    def _row(self) -> dict[str, Any] | None:
-        """The next one, None at the end; UserError where the data set itself is damaged."""
-        try:
-            row = next(self._rows, None)
-        except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"data: the data set cannot be read on behind sample {self._read}: {type(error).__name__} {reason}"
-            ) from error
-        self._read += 1
-        return row
 
     def resize(self, size: int) -> None:
         self.size = size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.dataset.set_epoch(self.epoch)
-        self.dataset.load_state_dict(state["dataset"])
-        self._rows = iter(self.dataset)
+        self.rows.load_state_dict(state)
+        self._good = self.rows.epoch
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.rows.load_states(states)
+        self._good = self.rows.epoch
 
 
 # --------------------------------------------------------------------------------------------------- conditions

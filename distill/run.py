@@ -201,6 +201,7 @@ def train(config: Config) -> int:
         if main:
             print(f"stopped at step {trainer.step} of {config.train.steps}; the same command resumes", file=sys.stderr)
         return STOPPED
+    check_trained(trainer)
     with trainer.ema_weights():
         if main:
             card = model_card(config, trainer.spec)
@@ -211,6 +212,16 @@ def train(config: Config) -> int:
     if main:
         publish(config, trainer.stream)
     return STOPPED if trainer.stopping else 0
+
+
+def check_trained(trainer: Trainer) -> None:
+    """UserError if most steps of a run changed nothing."""
+    skipped = int(trainer.bad_steps[2])
+    if 2 * skipped > trainer.step:
+        raise UserError(
+            f"{skipped} of {trainer.step} steps were skipped, whose loss or gradient was not finite: no student is "
+            "exported; lower student.lr and critic.lr, or train without bf16, into another --output"
+        )
 
 
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:

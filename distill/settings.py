@@ -25,6 +25,7 @@ from models.adapters import TARGETS
 from models.errors import UserError
 from models.folders import replace_text
 from models.pictures import Background
+from models.yaml_text import KeyGivenTwice, read_yaml
 
 DivergenceName = Literal[
     "reverse_kl",
@@ -887,6 +888,10 @@ class Config(Schema):
 # --------------------------------------------------------------------------------------------- reading and errors
 
 
+MOST_PROBLEMS = 20
+"""Of a file that are named."""
+
+
 def _variants(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
@@ -918,7 +923,7 @@ def _hint(key: str, keys: list[str]) -> str:
 
 
 def _explain(error: ValidationError, values: Any, source: str) -> str:
-    """All problems of a file, a line each: key, what is wrong, what was given."""
+    """All problems of a file in a line: key, what is wrong, what was given."""
     keys = list(dict.fromkeys(_known_keys(Config, values)))
     lines = []
     for item in error.errors():
@@ -941,14 +946,15 @@ def _explain(error: ValidationError, values: Any, source: str) -> str:
                 allowed = item.get("ctx", {}).get("expected_tags", "see --help")
                 lines.append(f"{key}.kind: must be one of {allowed}")
             case _:
-                lines.append(f"{key}: {item['msg']} (got {item['input']!r})")
-    return f"{source}: " + "; ".join(lines)
+                lines.append(f"{key}: {item['msg']} (got {item['input']!r:.200})")
+    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+    return f"{source}: " + "; ".join(lines[:MOST_PROBLEMS] + more)
 
 
 def read_values(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchecked; UserError if there are none to be had."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -994,7 +1000,9 @@ def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
                 place[parent] = {}
             place = place[parent]
         try:
-            place[last] = yaml.safe_load(text)
+            place[last] = read_yaml(text)
+        except KeyGivenTwice as error:
+            raise UserError(f"--{key}: {error}") from error
         except yaml.YAMLError:
             place[last] = text
     return values

@@ -52,6 +52,7 @@ from models.folders import replace_text
 from models.multi_student import MultiStudent
 from models.seeds import Draws
 from models.teachers.base import ClassSpec
+from models.yaml_text import read_yaml
 
 MIN_IMAGES = 10
 RESAMPLED = 256
@@ -155,7 +156,7 @@ def teacher_of(run: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        settings = yaml.safe_load(config.read_text())
+        settings = read_yaml(config.read_text())
         return str(settings["teacher"]["path"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{config} names no teacher under teacher.path: give it with --teacher") from error

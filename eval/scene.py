@@ -33,6 +33,7 @@ from models.prompts import read_prompts
 from models.scene import captions, export, saved, solids
 from models.scene.fields import Field
 from models.scene.mesh import Mesh
+from models.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SceneFolder:
 
     def particles(self) -> tuple[list[Mesh], list[Field]]:
         """The last stage's own, as its files were made from."""
-        config = yaml.safe_load((self.stages[-1] / "config.yaml").read_text())
+        config = read_yaml((self.stages[-1] / "config.yaml").read_text())
         _, meshes, fields, _ = export.load(self.stages[-1] / "student", config["method"]["export"]["threshold"])
         return meshes, fields
 
@@ -88,7 +89,7 @@ def _stages(path: Path) -> list[Path]:
     before: dict[str, Path] = {}
     for stage in found:
         try:
-            start = yaml.safe_load((stage / "config.yaml").read_text())["method"].get("start")
+            start = read_yaml((stage / "config.yaml").read_text())["method"].get("start")
             before[Path(start).name if start else ""] = stage
         except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:120]

@@ -44,7 +44,9 @@ TAPS = {
 def pictures(base: Path) -> Path:
     """Eight coloured pictures with captions, as an image folder with its metadata."""
     folder = base / "pictures"
-    folder.mkdir(exist_ok=True)
+    if folder.is_dir():
+        return folder
+    folder.mkdir()
     lines = ["file_name,text"]
     for i in range(8):
         Image.new("RGB", (16, 16), (30 * i, 255 - 30 * i, 100)).save(folder / f"{i}.png")

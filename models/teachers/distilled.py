@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from models.yaml_text import read_yaml
+
 SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
 """Those of consistency and trajectory distillation."""
 TAGS = frozenset({
@@ -29,7 +31,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
         _, fence, rest = readme.read_text(encoding="utf-8").partition("---\n")
         block, end, _ = rest.partition("\n---")
-        values = yaml.safe_load(block) if fence and end else None
+        values = read_yaml(block) if fence and end else None
         return values if isinstance(values, dict) else {}
     return {}
 
