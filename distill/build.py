@@ -281,12 +281,12 @@ def _new_autoencoder(settings: Autoencoder) -> AutoencoderDC:
         return vae
     old = autoencoder.load(settings.start)
     try:
-        cast(nn.Module, vae).encoder.load_state_dict(cast(nn.Module, old).encoder.state_dict())
+        cast(Any, vae).encoder.load_state_dict(cast(Any, old).encoder.state_dict())
     except RuntimeError as error:
         raise UserError(
             f"method.start: {settings.start} has an encoder of other sizes than channels, layers"
         ) from error
-    decoder, weights = cast(nn.Module, vae).decoder, cast(nn.Module, old).decoder.state_dict()
+    decoder, weights = cast(Any, vae).decoder, cast(Any, old).decoder.state_dict()
     own = decoder.state_dict()
     if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in weights.items()}:
         decoder.load_state_dict(weights)

@@ -138,7 +138,8 @@ def with_precision(config: Config) -> tuple[Config, str]:
     """``config`` with ``train.mixed_precision: auto`` decided, and why; a run that is there keeps its own."""
     known = (config.output / "config.yaml").is_file()
     before = (read_run(config.output).get("train") or {}).get("mixed_precision") if known else None
-    return precision.resolved(config, PartialState(cpu=not torch.accelerator.is_available()).device, before)
+    device = cast(torch.device, PartialState(cpu=not torch.accelerator.is_available()).device)
+    return precision.resolved(config, device, before)
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
