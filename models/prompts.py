@@ -39,7 +39,7 @@ def read_prompts(path: Path, key: str = "data.prompts") -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {path} cannot be read: {error}") from error
     if not found:
-        raise UserError(f"{key}: {path} is empty; a prompt in each line is needed")
+        raise UserError(f"{key}: {path} is empty: give at least one prompt, one a line")
     return found
 
 
