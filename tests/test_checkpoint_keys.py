@@ -401,3 +401,26 @@ def test_a_whole_checkpoint_brings_its_own_text_encoder_and_autoencoder(
     assert not torch.allclose(x0, asked(base)[1], atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(spec.decode(x0), its.decode(x0))
+
+
+def test_text_encoders_of_sd3_are_a_files_own(tmp_path: Path) -> None:
+    """In the names of the collections: clip_l, clip_g, t5xxl; the network in diffusers' own."""
+    base = families.save(tmp_path / "base", "stable_diffusion_3")
+    other = shutil.copytree(base, tmp_path / "other")
+    state = load_file(base / "transformer/diffusion_pytorch_model.safetensors")
+    for part, prefix in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
+        text = load_file(other / part / "model.safetensors")
+        text = {k: (1.3 * v if v.is_floating_point() else v) for k, v in text.items()}
+        if prefix == "clip_l":  # which has no projection of its own there
+            text["text_projection.weight"] = torch.eye(len(text["text_projection.weight"]))
+        save_file(text, other / part / "model.safetensors", {"format": "pt"})
+        kept = {
+            k: v
+            for k, v in text.items()
+            if v.is_floating_point() and (prefix, k) != ("clip_l", "text_projection.weight")
+        }
+        state |= {f"text_encoders.{prefix}.transformer.{key}": value for key, value in kept.items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    (_, x0, _), (_, want, _) = asked(tmp_path / "whole.safetensors", base, 0.5), asked(other, t=0.5)
+    torch.testing.assert_close(x0, want)
+    assert not torch.allclose(x0, asked(base, t=0.5)[1], atol=1e-4)

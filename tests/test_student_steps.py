@@ -117,11 +117,24 @@ def test_stock_asks_students_of_classes_at_their_times(family: str, tmp_path: Pa
         assert float((torch.from_numpy(pictures).permute(0, 3, 1, 2) - mine).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
-def test_students_of_zero_terminal_snr_are_the_same_in_stock(scheduler: str, tmp_path: Path) -> None:
+ZERO = {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "levels"),
+    [
+        ("DDIMScheduler", ZERO),
+        ("EulerDiscreteScheduler", ZERO),
+        ("DDIMScheduler", {"trained_betas": [*np.linspace(1e-4, 0.02, 999).tolist(), 1.0]}),
+        ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),  # almost zero
+    ],
+)
+def test_students_of_zero_terminal_snr_are_the_same_in_stock(
+    scheduler: str, levels: dict[str, Any], tmp_path: Path
+) -> None:
     pipe = families.stable_diffusion()
-    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
-    pipe.register_modules(scheduler=getattr(diffusers, scheduler)(**families.SD_NOISE, **zero))
+    more = {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    pipe.register_modules(scheduler=getattr(diffusers, scheduler)(**families.SD_NOISE | levels | more))
     pipe.save_pretrained(tmp_path / "teacher")
     folder = student(tmp_path / "teacher")
     check_prompts(folder)

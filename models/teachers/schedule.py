@@ -42,13 +42,13 @@ def process_of(scheduler: dict[str, Any], tokens: int) -> tuple[Process, Predict
         raise UserError(
             f"teacher: beta_schedule {scheduler['beta_schedule']} of its scheduler is not known: {known}"
         ) from error
-    if kind == "epsilon" and float(table[-1]) < LEAST_ALPHA:
+    if kind == "epsilon" and float(table[-1]) == 0:
         raise UserError(
             "teacher: its scheduler has zero terminal SNR (rescale_betas_zero_snr) and predicts noise, which at the "
             "last time says nothing of the picture: give prediction_type v_prediction if it was trained so, else "
             "rescale_betas_zero_snr false"
         )
-    table[-1] = table[-1].clamp(min=LEAST_ALPHA)
+    table[-1] = table[-1] or LEAST_ALPHA
     return DiscreteVP(table), kinds[kind]
 
 
@@ -90,16 +90,11 @@ def student_scheduler(process: Process, config: dict[str, Any], given: bool) -> 
             shift=math.sqrt(999 * odds), use_exponential_sigmas=True, stochastic_sampling=True
         )
     levels = plain(config)
-    if config.get("rescale_betas_zero_snr"):  # of which LCM's own last time would be one without any signal
-        levels |= {"rescale_betas_zero_snr": False, "trained_betas": _betas(levels)}
+    table: Any = DDPMScheduler.from_config(levels)
+    if float(table.alphas_cumprod[-1]) == 0:  # at LCM's own last time there would be no signal at all
+        betas = [*table.betas[:-1].tolist(), 1 - LEAST_ALPHA / float(table.alphas_cumprod[-2])]
+        levels |= {"rescale_betas_zero_snr": False, "trained_betas": betas}
     return LCMScheduler.from_config(levels, original_inference_steps=MOST_STEPS, clip_sample=False, steps_offset=1)
-
-
-def _betas(levels: dict[str, Any]) -> list[float]:
-    """Of a table with zero terminal SNR, with the least signal in the place of none."""
-    scheduler: Any = DDPMScheduler.from_config(levels)
-    betas: list[float] = torch.as_tensor(scheduler.betas).tolist()
-    return [*betas[:-1], 1 - LEAST_ALPHA / float(scheduler.alphas_cumprod[-2])]
 
 
 def step_times(scheduler: Any, given: bool) -> StepTimes:

@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, T5EncoderModel
 
 from models.errors import UserError
 from models.teachers.keys import SCALES, check_model, config_of, name_weights, note
@@ -24,17 +24,20 @@ AUTOENCODER = ("first_stage_model.", "vae.")
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "text_encoder_2.", "te.")
 HARMLESS = (
     "model_ema.", "betas", "alphas_cumprod_prev", "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "logvar",
-    "lvlb_weights", "denoiser.sigmas", "model_sampling.", "global_step", "scaled_fp8",
+    "lvlb_weights", "denoiser.sigmas", "model_sampling.", "global_step",
 )  # fmt: skip
 """Begins of keys that follow from the others, or are an average that stock loaders leave out too."""
 MARKS = ("v_pred", "ztsnr", "alphas_cumprod")
 CONTINUOUS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
-CLIP_PREFIXES = {
-    "text_encoder": (
-        "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.",
-    ),
-    "text_encoder_2": ("text_encoders.clip_g.transformer.",),
-}  # fmt: skip
+CLIP_L = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.")
+T5 = "text_encoders.t5xxl.transformer."
+
+
+def text_prefixes(name: str, kind: type) -> tuple[str, ...]:
+    """Before the keys of the text encoder ``name`` in transformers' own names."""
+    if issubclass(kind, T5EncoderModel):
+        return (T5,)
+    return CLIP_L if name == "text_encoder" else ("text_encoders.clip_g.transformer.",)
 
 
 class SingleFile:
@@ -50,7 +53,9 @@ class SingleFile:
         if found := [key for key in CONTINUOUS if key in state]:
             raise UserError(f"teacher.path: {path}: {found[0]}: networks of continuous noise levels are not read")
         self.marks = {key: state.pop(key) for key in MARKS if key in state}
-        state = {key: value for key, value in state.items() if not key.startswith(HARMLESS)}
+        state = {
+            key: value for key, value in state.items() if not (key.startswith(HARMLESS) or key.endswith("scaled_fp8"))
+        }
         self.text = {key: value for key, value in state.items() if key.startswith(TEXT)}
         self.vae = {key: value for key, value in state.items() if key.startswith(AUTOENCODER)}
         self.network = {key: value for key, value in state.items() if key not in self.text | self.vae}
@@ -102,15 +107,13 @@ class SingleFile:
         return network
 
     def _text_encoder(self, name: str, kind: Any) -> nn.Module | None:
-        """A CLIP of the file's own; None for others."""
-        if not issubclass(kind, CLIPTextModel | CLIPTextModelWithProjection):
+        """A CLIP or T5 of the file's own; None for others."""
+        if not issubclass(kind, CLIPTextModel | CLIPTextModelWithProjection | T5EncoderModel):
             return None
-        own = next(
-            (prefix for prefix in CLIP_PREFIXES.get(name, ()) if any(k.startswith(prefix) for k in self.text)), None
-        )
+        held = [prefix for prefix in text_prefixes(name, kind) if any(key.startswith(prefix) for key in self.text)]
         try:
-            if own is not None:
-                return self._clip(name, kind, own)
+            if held:
+                return self._named(name, kind, held[0])
             if not is_clip_model_in_single_file(kind, self.text):
                 return None
             options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True}
@@ -128,7 +131,7 @@ class SingleFile:
         self.text = {key: value for key, value in self.text.items() if not key.startswith(prefix)}
         return model
 
-    def _clip(self, name: str, kind: Any, prefix: str) -> PreTrainedModel:
+    def _named(self, name: str, kind: Any, prefix: str) -> PreTrainedModel:
         """One in transformers' keys behind a prefix."""
         model = kind(kind.config_class.from_pretrained(self.folder / name))
         wanted = model.state_dict()
@@ -142,7 +145,8 @@ class SingleFile:
         if "text_projection.weight" in wanted and "text_projection.weight" not in state:
             state["text_projection.weight"] = torch.eye(len(wanted["text_projection.weight"]))
         missing, unexpected = model.load_state_dict(state, strict=False)
-        if missing := [key for key in missing if not key.endswith("position_ids")]:
+        tied = {"encoder.embed_tokens.weight"} if "shared.weight" in state else set()
+        if missing := [key for key in missing if key not in tied and not key.endswith("position_ids")]:
             raise ValueError(f"it lacks {len(missing)} weights, as {missing[0]}")
         name_weights(self.path, [prefix + key for key in unexpected])
         self.text = {key: value for key, value in self.text.items() if not key.startswith(prefix)}
