@@ -432,7 +432,7 @@ def edit(folder: Path, times: tuple[int, int] | None = None) -> None:
     """Other pixels in one picture, in as many bytes."""
     path = sorted(folder.rglob("*.png"))[0]
     status, size = path.stat(), Image.open(path).size
-    for shade in range(255):
+    for shade in range(100, 255):
         Image.new("RGB", size, (shade, 255 - shade, 7)).save(path)
         if path.stat().st_size == status.st_size:
             break
