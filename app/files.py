@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import suppress
@@ -22,12 +21,15 @@ from torch import Tensor
 
 from app.ask import Ask
 from models.controlnet import edges
-from models.errors import UserError
+from models.errors import BadSample, UserError
+from models.pictures import decode
+from models.pictures import opened as opened_picture
 
 KEY = "one-step-studio"
 """Name of the settings among a PNG's texts; a JPEG has them as its description."""
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
 QUALITY = 95
 MOST_FILES = 4096
 """Files that are served at a time; a page that made as many since has to ask anew."""
@@ -118,37 +120,33 @@ def read_bytes(path: str) -> bytes:
     return file.read_bytes()
 
 
-def opened(source: io.BytesIO) -> Image.Image:
+def opened(data: bytes) -> Image.Image:
     """A picture, its header alone; UserError if it is none, or has too many pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP"))
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the picture has too many pixels; {MAX_PIXELS // 10**6} million are the most") from error
-    except (OSError, ValueError, SyntaxError) as error:
+        return opened_picture(data, "the file", FORMATS, MAX_PIXELS)
+    except BadSample as error:
+        if "too many pixels" in str(error):
+            raise
         raise UserError("the file cannot be read as a picture (PNG, JPEG, WebP or BMP)") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UserError(
-            f"the picture has {picture.width} x {picture.height} pixels; {MAX_PIXELS // 10**6} million are the most"
-        )
-    return picture
+
+
+def decoded(data: bytes, mode: Literal["RGB", "L"]) -> Image.Image:
+    """An upload upright and on white; UserError if it is none, too large or damaged."""
+    opened(data).close()
+    try:
+        return decode(data, "the file", mode)
+    except BadSample as error:
+        raise UserError("the picture is damaged: it cannot be read to its end") from error
 
 
 def flattened(source: io.BytesIO, side: int) -> Image.Image:
     """A picture in gray on white, of ``side`` x ``side`` pixels, each the mean of those that it stands for."""
-    with opened(source) as picture:
-        try:
-            rgba = picture.convert("RGBA")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError("the picture is damaged: it cannot be read to its end") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("L").resize((side, side), Image.Resampling.BOX)
+    return decoded(source.getvalue(), "L").resize((side, side), Image.Resampling.BOX)
 
 
 def read_settings(path: str) -> Ask:
     """The settings in a file that this studio made; UserError if it has none."""
-    with opened(io.BytesIO(read_bytes(path))) as picture:
+    with opened(read_bytes(path)) as picture:
         # A PNG's texts that stand before its pixels; those behind them would need all pixels to be read.
         written = picture.info.get(KEY) if picture.format == "PNG" else None
         if picture.format == "JPEG":
@@ -161,11 +159,6 @@ def read_settings(path: str) -> Ask:
 
 def read_photograph(path: str, side: int) -> Tensor:
     """Edges (1, 1, side, side) of an uploaded photograph, 1 on -1."""
-    with opened(io.BytesIO(read_bytes(path))) as picture:
-        try:
-            picture.draft("RGB", (2 * side, 2 * side))
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError("the picture is damaged: it cannot be read to its end") from error
+    picture = decoded(read_bytes(path), "RGB")
     picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
     return edges(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1)

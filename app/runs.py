@@ -11,8 +11,8 @@ from app import files
 from app.ask import shown, whole
 from app.engine import Engine
 from app.handlers import PICTURE, file_data, guarded
-from app.library import Library, inside, matching
-from app.scenes import copied
+from app.library import Library, changed, inside, matching
+from app.scenes import copied, settings_of
 from eval.report import draw_chart, read_metrics
 from models.errors import UserError
 
@@ -23,25 +23,49 @@ CHART: dict[str, Any] = {"concurrency_id": "chart", "concurrency_limit": 1}
 """matplotlib's settings are of the whole process."""
 
 
-class Seen(NamedTuple):
-    """The last look: a stamp of all that was shown, the run whose samples were, and its newest step then."""
+class View(NamedTuple):
+    """What a page shows. It changes where its user chooses, never by what the page itself sends along with that or with
+    the next look: answers that are still under way may be older.
 
+    runs, series, step: as chosen; by_hand: the runs were; step None: the newest, whichever that is by then
+    stamp: of all that was shown at the last look
+    """
+
+    runs: tuple[str, ...] = ()
+    by_hand: bool = False
+    series: str | None = None
+    step: int | None = None
     stamp: str = ""
-    run: str | None = None
-    newest: int | None = None
+
+
+def parts_of(run: Path) -> dict[str, Path]:
+    """The folders with curves and samples: the run itself, or the runs it is made of (several students, stages of
+    text to 3D) by their place in it."""
+    found = ["metrics.jsonl"] if inside(run, "metrics.jsonl") else ["*/metrics.jsonl", "*/*/metrics.jsonl"]
+    folders = [log.parent for pattern in found for log in matching(run, pattern)]
+    return {"" if folder == run else folder.relative_to(run).as_posix(): folder for folder in folders}
 
 
 def steps_of(run: Path) -> dict[int, Path]:
-    """Sample sheets by step."""
-    found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in matching(run, "samples/step-*.png"))
+    """Sample sheets by step; of a run with parts, those of the part that was written last."""
+    folder = max(parts_of(run).values(), key=changed, default=run)
+    found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in matching(folder, "samples/step-*.png"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def step_shown(step: int | None, sheets: dict[int, Path], run: str | None, seen: Seen) -> int | None:
-    """The newest of ``sheets`` for another run, and where the newest was shown; else the step that was chosen."""
-    if step in sheets and run == seen.run and step != seen.newest:
-        return step
-    return next(reversed(sheets), None)
+def series_of(run: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Series of each part by their names."""
+    return {part: read_metrics(folder / "metrics.jsonl") for part, folder in parts_of(run).items()}
+
+
+def how_to_score(run: Path) -> str:
+    """The command that judges what a run has made."""
+    settings = settings_of(run)
+    kind = {name: part.get("kind") for name, part in settings.items() if isinstance(part, dict)}
+    if kind.get("method") == "scene_distillation":
+        return "A scene is scored with all its stages: python -m eval.scene and the folder of this one's stages"
+    module = "eval.geneval" if kind.get("data") == "solids" else "eval.fid"
+    return f"Not scored yet: python -m {module}"
 
 
 def reports_of(run: Path) -> dict[str, Path]:
@@ -53,7 +77,11 @@ def curves(library: Library, names: list[str], series: str | None) -> tuple[list
     """Names of all series, and one of them over the steps of every run as a drawing for the page."""
     if not isinstance(names, list) or len(names) > MOST_COMPARED:
         raise UserError(f"runs: at most {MOST_COMPARED} compare at a time")
-    found = {name: read_metrics(library.run(name) / "metrics.jsonl") for name in names}
+    found = {
+        f"{name}: {part}" if part else name: lines
+        for name in names
+        for part, lines in series_of(library.run(name)).items()
+    }
     every = sorted({key for lines in found.values() for key in lines}, key=lambda key: (_dull(key), key))
     if not every:
         return [], "<p>No curves yet.</p>"
@@ -87,11 +115,18 @@ def endpoints(engine: Engine) -> None:
         return list(library.runs())
 
     def run(run: str) -> dict:
-        """A run's series ((step, value) pairs), the steps of its samples, the names of its reports, its settings."""
+        """A run's series ((step, value) pairs), the steps of its samples, the names of its reports, its settings.
+
+        Series of a run of several students are called by student and stage, then by what they are of.
+        """
         folder = library.run(run)
         config = inside(folder, "config.yaml")
         return {
-            "series": read_metrics(folder / "metrics.jsonl"),
+            "series": {
+                f"{part}: {key}" if part else key: points
+                for part, lines in series_of(folder).items()
+                for key, points in lines.items()
+            },
             "samples": list(steps_of(folder)),
             "reports": list(reports_of(folder)),
             "config": config.read_text(errors="replace") if config else None,
@@ -121,10 +156,9 @@ def endpoints(engine: Engine) -> None:
 def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
     """Build the tab inside a gr.Blocks."""
     library = engine.library
-    names = list(library.runs())
     chosen = gr.Dropdown(
-        names,
-        value=[name for name in names if inside(library.run(name), "metrics.jsonl")][:1],
+        list(library.runs()),
+        value=[],
         multiselect=True,
         max_choices=MOST_COMPARED,
         label="Runs (the first one's samples and reports are shown)",
@@ -150,62 +184,85 @@ def tab(engine: Engine, tabs: gr.Tabs, this: gr.Tab) -> None:
         report = gr.HTML("", elem_id="report")
     with gr.Accordion("Settings", open=False):
         config = gr.Code("", language="yaml", label="config.yaml", interactive=False, elem_id="config")
-    seen = gr.State(Seen())
+    view = gr.State(View())
     timer = gr.Timer(LOOK_EVERY, active=False)
 
-    @guarded
-    def look(
-        chosen: list[str], series: str | None, step: int | None, seen: Seen, at_once: bool = True
-    ) -> tuple[Any, ...]:
+    def look(view: View, at_once: bool = True) -> tuple[Any, ...]:
         """Everything that changed since the last look; what has gone is left out of the choice."""
         now = library.runs()
-        kept = [name for name in chosen or [] if name in now]
-        stamp = f"{kept} {series} {step} " + " ".join(_stamp(now[name]) for name in kept) + f" {len(now)}"
-        if not at_once and stamp == seen.stamp:
+        kept = [name for name in view.runs if name in now]
+        gone = [name for name in view.runs if name not in now]
+        stamp = f"{kept} " + " ".join(_stamp(now[name]) for name in kept) + f" {len(now)}"
+        if not at_once and stamp == view.stamp:
             return (gr.skip(),) * 8
-        gone = [name for name in chosen or [] if name not in now]
-        every, drawing = curves(library, kept, series) if kept else ([], "<p>Choose a run.</p>")
+        every, drawing = curves(library, kept, view.series) if kept else ([], "<p>Choose a run.</p>")
         if gone:
             drawing = f"<p class='warn'>{html.escape(', '.join(gone))}: removed.</p>" + drawing
-        run = kept[0] if kept else None
-        first = now[run] if run else None
+        first = now[kept[0]] if kept else None
         sheets = steps_of(first) if first else {}
-        at = step_shown(step, sheets, run, seen)
+        at = view.step if view.step in sheets else next(reversed(sheets), None)
         pages = reports_of(first) if first else {}
         settings = inside(first, "config.yaml") if first else None
+        unscored = f"<p>{html.escape(how_to_score(first))}</p>" if first else ""
         return (
             gr.update(choices=list(now), value=kept),
-            gr.update(choices=every, value=series if series in every else (every[0] if every else None)),
+            gr.update(choices=every, value=view.series if view.series in every else (every[0] if every else None)),
             drawing,
             gr.update(choices=list(sheets), value=at),
             copied(sheets[at]) if at is not None else None,
-            "".join(framed(path, name) for name, path in pages.items()) or "<p>Not scored yet: python -m eval.fid</p>",
+            "".join(framed(path, name) for name, path in pages.items()) or unscored,
             settings.read_text(errors="replace") if settings else "",
-            Seen(stamp, run, next(reversed(sheets), None)),
+            view._replace(runs=tuple(kept), stamp=stamp),
         )
 
     @guarded
-    def again(*values: Any) -> tuple[Any, ...]:
-        return look(*values, at_once=False)
+    def choose_runs(names: list[str], view: View) -> tuple[Any, ...]:
+        runs = tuple(names or ())
+        step = view.step if runs[:1] == view.runs[:1] else None
+        return look(view._replace(runs=runs, by_hand=True, step=step))
+
+    @guarded
+    def choose_series(series: str | None, view: View) -> tuple[Any, ...]:
+        return look(view._replace(series=series))
+
+    @guarded
+    def choose_step(step: int | None, view: View) -> tuple[Any, ...]:
+        newest = next((next(reversed(steps_of(library.run(name))), None) for name in view.runs[:1]), None)
+        return look(view._replace(step=None if step == newest else step))
+
+    @guarded
+    def opened(view: View) -> tuple[Any, ...]:
+        """With the newest run that has curves, until its user has chosen others."""
+        if not view.by_hand:
+            newest = next((name for name, run in library.runs().items() if parts_of(run)), None)
+            view = view._replace(runs=(newest,) if newest else (), step=None)
+        return look(view)
+
+    @guarded
+    def again(view: View) -> tuple[Any, ...]:
+        return look(view, at_once=False)
 
     def watched(event: gr.SelectData) -> gr.Timer:
         """No page asks for what it does not show."""
         return gr.Timer(active=event.value == "Runs")
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    inputs, outputs = [chosen, series, step, seen], [chosen, series, chart, step, sheet, report, config, seen]
-    gr.on([chosen.input, series.input, step.input], look, inputs, outputs, trigger_mode="always_last", **quiet, **CHART)
-    timer.tick(again, inputs, outputs, queue=True, **quiet, **CHART)
+    outputs = [chosen, series, chart, step, sheet, report, config, view]
+    for part, choose in ((chosen, choose_runs), (series, choose_series), (step, choose_step)):
+        part.input(choose, [part, view], outputs, trigger_mode="always_last", **quiet, **CHART)
+    timer.tick(again, [view], outputs, queue=True, **quiet, **CHART)
     tabs.select(watched, None, timer, **quiet)
-    this.select(look, inputs, outputs, **quiet, **CHART)
+    this.select(opened, [view], outputs, **quiet, **CHART)
 
 
 def _stamp(run: Path) -> str:
     """Changes whenever something that is shown does."""
     times = []
-    for name in ("metrics.jsonl", "samples", "report", "config.yaml"):
+    files = [(run, name) for name in ("report", "geneval", "config.yaml")]
+    files += [(folder, name) for folder in parts_of(run).values() for name in ("metrics.jsonl", "samples")]
+    for folder, name in files:
         try:
-            times.append(str((run / name).stat().st_mtime_ns))
+            times.append(str((folder / name).stat().st_mtime_ns))
         except OSError:
             times.append("-")
     return ",".join(times)

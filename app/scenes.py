@@ -20,6 +20,7 @@ from app.handlers import PICTURE, file_data, guarded, refusal
 from app.library import Library, changed, inside, matching
 from eval.report import read_metrics
 from models.errors import UserError
+from models.yaml_text import read_yaml
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/solids/vsd_3d.yaml"
@@ -59,7 +60,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     """A run's config.yaml; empty where it is missing or damaged."""
     path = inside(run, "config.yaml")
     try:
-        values = yaml.safe_load(path.read_text()) if path else {}
+        values = read_yaml(path.read_text()) if path else {}
     except (OSError, ValueError, yaml.YAMLError):
         values = {}
     return values if isinstance(values, dict) else {}

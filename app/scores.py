@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from app.library import inside
+from eval.machine import home_of
 
 
 def _of(path: Path | None, read: Callable[[dict[str, Any]], list[tuple[str, str]]]) -> list[tuple[str, str]]:
@@ -39,7 +40,8 @@ def scores(folder: Path) -> list[tuple[str, str]]:
     folder = folder.resolve()
     run = folder.parent if folder.name == "student" else folder
     lines = _of(inside(run, "report", "report.json"), _distances)
-    lines += _of(inside(run, "scores.json"), _stored)
-    for place in ("geneval", "report/geneval"):
-        lines += _of(inside(run, place, "geneval.json"), _geneval)
+    for home in {run: None, home_of(run).resolve(): None}:  # of an embedded model also report/NAME
+        lines += _of(inside(home, "scores.json"), _stored)
+        for place in ("geneval", "report/geneval"):
+            lines += _of(inside(home, place, "geneval.json"), _geneval)
     return lines

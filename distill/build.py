@@ -5,7 +5,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint, rows
 from distill.build_scene import build_stage
+from distill.class_names import KnownClasses
 from distill.consistency_losses import nu_floor
 from distill.data import (
     Captions,
@@ -68,6 +71,7 @@ from distill.settings import (
     Teacher,
     UniInstruct,
 )
+from distill.source import check_unchanged
 from distill.stored import Stored, cached
 from eval.binding import Binding
 from models import autoencoder
@@ -78,9 +82,10 @@ from models.denoiser import CoreNetwork, Denoiser, Guided
 from models.discriminator import Discriminator, TokenDiscriminator, feature_channels
 from models.errors import UserError
 from models.process import EDM
+from models.prompts import read_prompts
 from models.scene import captions
 from models.student import OneStepStudent
-from models.teachers import base, load, sana
+from models.teachers import base, class_names, load, sana
 from models.teachers.base import ClassSpec, Texts, TextSpec
 from models.teachers.class_pipeline import ClassPipelineSpec
 from models.teachers.embedded import PatchUNet, Spec
@@ -90,29 +95,39 @@ from models.trigflow import FlowStudent, LogVariance, TrigFlowView
 
 Shape = tuple[int, int, int]
 
+BUILDERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "parquet", "text", "webdataset"}
+"""Names of readers in the place of a data set's."""
+
 EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
 
 
-def hf_dataset(data: HFData, rank: int = 0, world: int = 1, seed: int = 0) -> Any:
-    """The data set of ``data``; an iterable one is shuffled, shards alone, and split over processes."""
+def hf_dataset(data: HFData, seed: int = 0) -> Any:
+    """The data set of ``data``; an iterable one is shuffled, shards alone."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError("data.kind hf_dataset needs the library `datasets`: pip install -e '.[data]'") from error
+    if data.path in BUILDERS:  # without files they read all that lies in this folder, or end in an IndexError
+        if data.data_files is None:
+            raise UserError(f"data.data_files: missing; {data.path} reads files: name them, e.g. 'shards/*.tar'")
+        if "://" not in data.data_files and not glob(data.data_files, recursive=True):
+            raise UserError(
+                f"data.data_files: there is no file {data.data_files}: wildcards are *, ** and ?, not {{000..009}}"
+            )
     try:
         dataset: Any = datasets.load_dataset(
             data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
         )
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    except (OSError, ValueError, LookupError, EOFError, TarError, DatasetsError) as error:
+        reason = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(reason.split())[:300]}") from error
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))  # models/pictures.py decodes
     if data.streaming:
         dataset = dataset.shuffle(seed=seed, buffer_size=1)  # a larger buffer would not be resumed exactly
-    if data.streaming and world > 1:
-        from datasets.distributed import split_dataset_by_node
-
-        dataset = split_dataset_by_node(dataset, rank, world)
     return dataset
 
 
@@ -122,9 +137,52 @@ def _of_classes(classes: list[int], columns: Columns) -> Callable[[dict[str, Any
     return lambda row: (columns.class_id(row[columns.label]) if columns.label else 0) in allowed
 
 
+def _known_classes(config: Config) -> KnownClasses | None:
+    """The classes of the run's teacher; None without one, or for a teacher of prompts."""
+    data, teacher = config.data, config.teacher
+    if teacher is None or not isinstance(data, ImageFolderData | HFData):
+        return None
+    names = class_names(teacher.path, teacher.config)
+    return None if names is None else KnownClasses(names, teacher.path, data.classes_by)
+
+
+def _image_folder(data: ImageFolderData, known: KnownClasses | None = None) -> ImageFolder:
+    return ImageFolder(
+        data.path,
+        data.size,
+        data.channels,
+        data.workers,
+        background=data.background,
+        captions_from=data.captions_from,
+        caption_column=data.caption_column,
+        caption=data.caption,
+        known=known,
+        skip=data.on_bad_picture == "skip",
+    )
+
+
+def _columns(data: HFData) -> Columns:
+    return Columns(data.image_column, data.label_column, data.caption_column, data.caption, data.background)
+
+
+def _hf_pictures(data: HFData, known: KnownClasses | None = None) -> HFPictures:
+    shape = (data.channels, data.size, data.size)
+    return HFPictures(hf_dataset(data), shape, _columns(data), known, data.on_bad_picture == "skip")
+
+
+def _texts(data: ImageFolderData | HFData) -> list[str]:
+    """All captions that pictures may be told."""
+    pictures = _image_folder(data) if isinstance(data, ImageFolderData) else _hf_pictures(data)
+    return pictures.texts
+
+
 def _has_classes(config: Config) -> bool:
     """Whether the data are a Hugging Face data set of classes; those of a stream may have no names."""
     return isinstance(config.data, HFData) and config.data.caption_column is None
+
+
+def _is_folder(config: Config) -> bool:
+    return isinstance(config.data, ImageFolderData)
 
 
 def _reads_latents(method: Any) -> bool:
@@ -142,19 +200,19 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
         case FashionMNISTData():
             pictures = FashionMNIST(data.path)
         case ImageFolderData():
-            pictures = ImageFolder(data.path, data.size, data.channels, data.workers)
-        case HFData():
-            dataset = hf_dataset(data, rank, world, seed)
-            columns = Columns(data.image_column, data.label_column, data.caption_column)
+            pictures = _image_folder(data, _known_classes(config))
+        case HFData(streaming=True):
+            dataset = hf_dataset(data, seed)
+            columns, names = _columns(data).of(_known_classes(config), dataset.features)
             shape = (data.channels, data.size, data.size)
-            if data.streaming:
-                names = columns.class_names(dataset.features)
-                if config.classes is not None:
-                    if columns.caption:
-                        raise UserError("classes: these pictures have captions, not classes")
-                    dataset = dataset.filter(_of_classes(config.classes, columns))
-                return StreamedPictures(dataset, size, shape, columns), shape, names
-            pictures = HFPictures(dataset, shape, columns)
+            if config.classes is not None:
+                if columns.caption:
+                    raise UserError("classes: these pictures have captions, not classes")
+                dataset = dataset.filter(_of_classes(config.classes, columns))
+            skip = data.on_bad_picture == "skip"
+            return StreamedPictures(dataset, size, shape, columns, rank, world, skip), shape, names
+        case HFData():
+            pictures = _hf_pictures(data, _known_classes(config))
         case SolidsData():
             if data.device != "cpu" and not torch.cuda.is_available():
                 raise UserError(f"data.device: {data.device}, but there is no GPU here: give cpu")
@@ -167,6 +225,7 @@ def build_stream(config: Config, rank: int, world: int) -> tuple[Stream | None, 
             if not _reads_latents(config.method):
                 raise UserError(f"data.kind: `{config.method.kind}` learns from pictures, not from their latents")
             pictures = Stored(data.path)
+            check_unchanged(data.path, pictures.facts)
             if not pictures.pictures:
                 return None, None, []
             groups = pictures.groups if data.streaming else None
@@ -222,12 +281,12 @@ def _new_autoencoder(settings: Autoencoder) -> AutoencoderDC:
         return vae
     old = autoencoder.load(settings.start)
     try:
-        cast(nn.Module, vae).encoder.load_state_dict(cast(nn.Module, old).encoder.state_dict())
+        cast(Any, vae).encoder.load_state_dict(cast(Any, old).encoder.state_dict())
     except RuntimeError as error:
         raise UserError(
             f"method.start: {settings.start} has an encoder of other sizes than channels, layers"
         ) from error
-    decoder, weights = cast(nn.Module, vae).decoder, cast(nn.Module, old).decoder.state_dict()
+    decoder, weights = cast(Any, vae).decoder, cast(Any, old).decoder.state_dict()
     own = decoder.state_dict()
     if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in weights.items()}:
         decoder.load_state_dict(weights)
@@ -362,21 +421,34 @@ def load_teacher(
         raise UserError(f"teacher.path: {teacher.path} is a one-step student: name the teacher that it was made from")
     if isinstance(spec, PipelineSpec | ClassPipelineSpec):
         spec = replace(spec, offload=teacher.offload)
+    if teacher.distilled is not None:
+        if not isinstance(spec, PipelineSpec):
+            raise UserError(f"teacher.distilled: only for stock text-to-image pipelines, which {teacher.path} is not")
+        spec = spec.known_distilled(teacher.distilled)
     if shape is not None and shape != spec.picture:
         raise UserError(f"data: pictures of shape {shape}, but the teacher {teacher.path} makes {spec.picture}")
     if isinstance(spec, TextSpec):
         if class_names or config.classes is not None or _has_classes(config):
-            raise UserError(f"data: pictures of classes, but the teacher {teacher.path} is asked for prompts")
+            hint = ": put captions beside them, name.txt or metadata.jsonl" if _is_folder(config) else ""
+            raise UserError(f"data: pictures of classes, but the teacher {teacher.path} is asked for prompts{hint}")
         scales = {teacher.guidance, *(config.method.guidance if isinstance(config.method, Consistency) else [])}
         if not spec.guidable and scales != {1.0}:
-            raise UserError(f"guidance: {teacher.path} is a distilled teacher without an unconditional answer: give 1")
+            raise UserError(
+                f"guidance: {teacher.path} is a distilled teacher without an unconditional answer ({spec.unguided}): "
+                "give 1, or teacher.distilled: false if that is wrong"
+            )
         return denoiser, _without_encoders(config, teacher, spec)
     if teacher.cache is not None:
         raise UserError(f"teacher.cache: {teacher.path} knows classes, which need no text encoder: remove the key")
     if isinstance(config.data, PrecomputedData):
         Stored(config.data.path).check(spec, teacher.path)
-    if isinstance(config.data, SolidsData) or getattr(config.data, "caption_column", None):
+    told = isinstance(config.data, HFData) and config.data.caption_column is not None
+    if told or isinstance(config.data, SolidsData):
         raise UserError(f"data: pictures with captions, but the teacher {teacher.path} knows classes")
+    if shape is not None and not class_names and _is_folder(config):
+        raise UserError(
+            f"data: pictures with captions, but the teacher {teacher.path} knows classes: data.captions_from: none"
+        )
     if spec.num_classes == 1 and teacher.guidance != 1:
         raise UserError(f"teacher.guidance: {teacher.path} knows no classes, hence no guidance: give 1")
     if len(class_names) > spec.num_classes:
@@ -399,13 +471,14 @@ def _without_encoders(config: Config, teacher: Teacher, spec: TextSpec) -> TextS
     if teacher.cache is None:
         return spec
     match config.data:
-        case ConditionsOnly() | HFData(streaming=False):
-            pass
+        case ConditionsOnly(prompts=file) | HFData(streaming=False, prompts=file):
+            prompts = [] if file is None else read_prompts(file)
+        case ImageFolderData():
+            prompts = []
         case _:
             raise UserError("teacher.cache: the captions of these data cannot be listed: use distill.precompute")
-    prompts = [] if config.data.prompts is None else read_prompts(config.data.prompts)
-    if isinstance(config.data, HFData):
-        prompts += list(hf_dataset(config.data)[config.data.caption_column])
+    if isinstance(config.data, HFData | ImageFolderData):
+        prompts += _texts(config.data)
     known = cached(teacher.cache, spec, [*prompts, *spec.examples], teacher.path, teacher.tokens)
     return spec.without_encoders(known, isinstance(config.data, ConditionsOnly))
 
@@ -501,6 +574,17 @@ def _check_start(settings: MatchingMethod, own: Spec, spec: Spec) -> None:
         )
 
 
+def _check_kind(path: Path | None, own: base.Spec, spec: base.Spec) -> None:
+    """UserError if a student to start from makes other pictures than the teacher, or is asked for more."""
+    if type(own) is not type(spec) or own.shape != spec.shape:
+        raise UserError(f"method.start: {path} makes other pictures than the teacher")
+    if isinstance(own, TextSpec) and isinstance(spec, TextSpec) and own.control is not None and spec.control is None:
+        raise UserError(
+            f"method.start: {path} follows lines by a control branch, the teacher has none: name in teacher.path one "
+            "with a branch, or start at a student without"
+        )
+
+
 def _load_weights(network: nn.Module, run: Path, name: str) -> None:
     """Those of the newest checkpoint of ``run``, if it has any of that name; UserError if they do not fit or are
     damaged."""
@@ -531,8 +615,7 @@ def _start(
     denoiser, own = load(settings.start / "student" if run else settings.start)
     if isinstance(own, Spec) and isinstance(spec, Spec):
         _check_start(settings, own, spec)
-    elif type(own) is not type(spec) or own.shape != spec.shape:
-        raise UserError(f"method.start: {settings.start} makes other pictures than the teacher")
+    _check_kind(settings.start, own, spec)
     if run:
         _load_weights(critic, run, "critic")
     if isinstance(own, TextSpec) and isinstance(spec, TextSpec) and spec.texts is not None:
@@ -602,20 +685,11 @@ def _conditions(config: Config, spec: ClassSpec | TextSpec) -> Classes | Caption
         case SolidsData():
             drawn = {captions.draw(random.Random(i))["prompt"] for i in range(20000)}
             return Captions.of(sorted(drawn - captions.held_out()), spec)
+        case ImageFolderData():
+            return Captions.of(_texts(data), spec)
         case HFData() if not data.streaming and data.caption_column:
-            return Captions.of(list(hf_dataset(data)[data.caption_column]), spec)
+            return Captions.of(_texts(data), spec)
     raise UserError("data.prompts: missing; a text file with a prompt in each line")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty; UserError if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.prompts: {path} cannot be read: {error}") from error
-    if not lines:
-        raise UserError(f"data.prompts: {path} is empty")
-    return lines
 
 
 def _other_start(config: Config, path: Path, teacher: Denoiser, spec: ClassSpec | TextSpec) -> Denoiser:
@@ -624,8 +698,7 @@ def _other_start(config: Config, path: Path, teacher: Denoiser, spec: ClassSpec 
         raise UserError("method.start: not with lora; its adapters start at the teacher")
     run = path / "student"
     denoiser, own = load(run if run.is_dir() else path)
-    if type(own) is not type(spec) or own.shape != spec.shape:
-        raise UserError(f"method.start: {path} makes other pictures than the teacher")
+    _check_kind(path, own, spec)
     if isinstance(denoiser.network, SanaNetwork) and denoiser.network.control is None:
         denoiser.network.control = copy.deepcopy(cast(SanaNetwork, teacher.network).control)
     return denoiser.train()

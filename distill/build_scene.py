@@ -141,7 +141,7 @@ def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     if not spec.guidable and stage.guidance not in (None, 1.0):
         raise UserError(
             f"method.stages.{stage.name}.guidance: {config.teacher.path} is a distilled teacher without an "
-            "unconditional answer: give 1"
+            f"unconditional answer ({spec.unguided}): give 1"
         )
     teacher = denoiser.requires_grad_(False)
     scene = scene_of(settings)

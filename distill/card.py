@@ -1,7 +1,6 @@
 """The model card of an exported network."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,19 +9,10 @@ from distill.settings import Autoencoder, Config, SceneDistillation, Teacher
 from models.errors import UserError
 from models.teachers import is_hub_id, resolve
 from models.teachers.base import Spec
+from models.teachers.distilled import front_matter
 
 OWN = "apache-2.0"
 """Licence of what is trained from nothing."""
-
-
-def front_matter(readme: Path) -> dict[str, Any]:
-    """The metadata block of a model card; empty where there is none."""
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        _, fence, rest = readme.read_text().partition("---\n")
-        block, end, _ = rest.partition("\n---")
-        values = yaml.safe_load(block) if fence and end else None
-        return values if isinstance(values, dict) else {}
-    return {}
 
 
 def licence(teacher: Teacher | None) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,17 @@ from PIL import Image
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-from eval.pictures import SUFFIXES
+from distill.bad_samples import BadSamples
+from distill.class_names import KnownClasses
+from distill.epochs import Epochs
+from distill.picture_folder import CaptionsFrom, PictureFolder
+from eval.pictures import warn_left_out
 from models.condition import Condition
 from models.controlnet import edges, roughened
-from models.errors import UserError, run_command
+from models.errors import BadSample, UserError, run_command
+from models.pictures import Background, decode
+from models.prompts import captions as captions_of
+from models.prompts import settled
 from models.scene import captions
 from models.scene.solids import Solids
 from models.seeds import Draws, mix
@@ -31,19 +39,23 @@ from models.teachers.base import ClassSpec, Spec, TextSpec
 
 ROUGH = 0x11E5
 """Sets the random numbers of lines apart from those of a turn."""
+TOLD = 0x701D
+"""And those of the choice between several captions."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """``images`` (B, C, H, W) in [-1, 1], or the x0 they are encoded to, and their conditions or captions.
 
-    ``encoded``: they are x0 and embedded conditions, and nothing is left to be done.
+    ``encoded``: they are x0 and embedded conditions, and nothing is left to be done. ``choices``: all captions of each
+    picture, where one is to be told at random; ``captions`` then has one of them.
     """
 
     images: Tensor
     cond: Condition
     captions: tuple[str, ...] = ()
     encoded: bool = False
+    choices: tuple[tuple[str, ...], ...] = ()
 
     def checked(self, spec: Spec) -> "Batch":
         """Itself; UserError if there is a class that ``spec`` does not know. For batches on the CPU."""
@@ -58,10 +70,13 @@ class Batch:
 
     def through(self, spec: Spec, seeds: Sequence[int]) -> "Batch":
         """As the teacher sees it: pictures encoded, captions embedded, and, if it follows them, lines as a hand draws
-        them; which hand, ``seeds`` (one a picture) say."""
+        them; which hand, and which of several captions, ``seeds`` (one a picture) say."""
         if self.encoded:
             return self
-        cond = spec.text(self.captions) if isinstance(spec, TextSpec) else self.cond
+        told = self.captions
+        if self.choices:
+            told = tuple(c[mix(seed, TOLD) % len(c)] for c, seed in zip(self.choices, seeds, strict=True))
+        cond = spec.text(told) if isinstance(spec, TextSpec) else self.cond
         if isinstance(spec, TextSpec) and spec.control is not None:
             draws = Draws([mix(seed, ROUGH) for seed in seeds], self.images.device)
             cond = replace(cond, control=roughened(edges(self.images), draws))
@@ -96,7 +111,13 @@ class Stream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a process of this place in a run of as many was."""
+        ...
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Go on where all processes of a run were, whose number may have been another."""
+        ...
 
 
 class Subset:
@@ -207,64 +228,150 @@ class FashionMNIST:
 # ------------------------------------------------------------------------------- image folders and HF datasets
 
 
-def to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
-    """Shorter side to ``size``, centre crop; (C, size, size) in [-1, 1]."""
-    image = image.convert("RGB" if channels == 3 else "L")
+def to_tensor(image: Image.Image, size: int, channels: int, background: Background = "white") -> Tensor:
+    """Shorter side to ``size``, centre crop; (C, size, size) in [-1, 1]. As it lies: nothing is turned."""
+    return _fitted(decode(image, "picture", _mode(channels), upright=False, background=background), size)
+
+
+def _mode(channels: int) -> Literal["RGB", "L"]:
+    return "RGB" if channels == 3 else "L"
+
+
+def _fitted(image: Image.Image, size: int) -> Tensor:
+    """As :func:`to_tensor`, of what is decoded already."""
     scale = size / min(image.size)
+    if max(image.size) > 16 * min(image.size):  # long before it is resized to far more than what is kept of it
+        half = 8 * min(image.size)
+        x, y = (max(0, side // 2 - half) for side in image.size)
+        image = image.crop((x, y, min(image.width, x + 2 * half), min(image.height, y + 2 * half)))
     if scale != 1:
         resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
         image = image.resize(resized, Image.Resampling.LANCZOS)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1)
+    return torch.from_numpy(pixels / 127.5 - 1).reshape(size, size, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture (C, H, W) in [-1, 1] with its class, or with its captions."""
+
+    image: Tensor
+    label: int = 0
+    captions: tuple[str, ...] = ()
+
+
+def collate(samples: Sequence[Sample], told: bool) -> Batch:
+    """A batch of samples with captions, or with classes."""
+    images = torch.stack([sample.image for sample in samples])
+    if not told:
+        return Batch(images, Condition(class_ids=torch.tensor([sample.label for sample in samples])))
+    choices = tuple(sample.captions for sample in samples)
+    several = any(len(texts) > 1 for texts in choices)
+    return Batch(images, Condition(), tuple(map(settled, choices)), choices=choices if several else ())
+
+
+def _following(index: int, labels: Tensor) -> Iterator[int]:
+    """``index``, then the other indices of its label, beginning with the next."""
+    yield index
+    same = (labels == labels[index]).nonzero().squeeze(1).tolist()
+    place = same.index(index)
+    yield from same[place + 1 :] + same[:place]
 
 
 class ImageFolder:
-    """Pictures in a folder: one sub-folder per class, or all in one, which is class 0."""
+    """Pictures in a folder: one sub-folder per class, or all in one, which is class 0, or with captions.
 
-    def __init__(self, folder: Path, size: int, channels: int = 3, workers: int = 2):
-        if not folder.is_dir():
-            raise UserError(f"data.path: {folder} is not a folder")
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        groups = [(i, folder / name) for i, name in enumerate(names)] or [(0, folder)]
-        self.files = [
-            (path, label)
-            for label, group in groups
-            for path in sorted(group.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not self.files:
-            raise UserError(f"data.path: no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}")
-        self.shape, self.class_names = (channels, size, size), names or [folder.name]
+    Upright, on ``background``. Numbers of classes are those of ``known``, the teacher's, if it is given. What cannot be
+    used is refused, or with ``skip`` another picture of its class stands in its place. UserError as in
+    :mod:`distill.picture_folder`, which says what counts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        channels: Literal[1, 3] = 3,
+        workers: int = 2,
+        *,
+        background: Background = "white",
+        captions_from: CaptionsFrom = "auto",
+        caption_column: str = "text",
+        caption: str | None = None,
+        known: KnownClasses | None = None,
+        skip: bool = False,
+    ):
+        self.content = PictureFolder.read(folder, captions_from, caption_column, caption, skip)
+        self.files, self.class_names = self.content.files, self.content.names
+        warn_left_out(folder, self.content.walked)
+        self.bad = BadSamples(skip)
+        self.background: Background = background
+        self.shape: tuple[int, int, int] = (channels, size, size)
+        if known is not None and self.class_names:
+            self._good(0)  # that no picture can be read is told before what their classes are
+            ids = known.ids(self.class_names)
+            self.files = [(path, ids[label]) for path, label in self.files]
+            self.class_names = known.names
         self._pool = ThreadPoolExecutor(workers)
 
     @property
     def labels(self) -> Tensor:
+        if self.content.captions is not None:
+            raise UserError("classes: these pictures have captions, not classes")
         return torch.tensor([label for _, label in self.files])
+
+    @property
+    def texts(self) -> list[str]:
+        """All captions; UserError for pictures of classes."""
+        if self.content.captions is None:
+            raise UserError("data: these pictures have classes, not captions: add .txt files or metadata.jsonl")
+        return _all_texts(self.content.texts, [path for path, _ in self.files], self.bad)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, index: int) -> Tensor:
-        path, _ = self.files[index]
+    def _read(self, index: int) -> Sample:
+        path, label = self.files[index]
+        texts = self.content.texts(path) if self.content.captions is not None else ()
+        image = decode(path, str(path), _mode(self.shape[0]), background=self.background)
+        return Sample(_fitted(image, self.shape[1]), label, texts)
+
+    def _good(self, index: int) -> Sample:
         try:
-            with Image.open(path) as image:
-                return to_tensor(image, self.shape[1], self.shape[0])
-        except OSError as error:
-            raise UserError(f"data.path: {path} is not a readable picture: {error}") from error
+            return self._read(index)
+        except BadSample:
+            labels = torch.tensor([label for _, label in self.files])
+            return self.bad.first_good(_following(index, labels), self._read)
 
     def get(self, indices: list[int]) -> Batch:
-        labels = torch.tensor([self.files[i][1] for i in indices])
-        return Batch(torch.stack(list(self._pool.map(self._read, indices))), Condition(class_ids=labels))
+        return collate(list(self._pool.map(self._good, indices)), self.content.captions is not None)
+
+
+def _all_texts(read: Callable[[Any], tuple[str, ...]], values: Sequence[Any], bad: BadSamples) -> list[str]:
+    """All that pictures may be told, in order, without those that cannot be used."""
+    found: list[str] = []
+    for value in values:
+        try:
+            found += read(value)
+        except BadSample as error:
+            bad.meet(error)
+    return found
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Of a Hugging Face data set: the picture's, and that of its class (None: all are one) or of its caption."""
+    """Of a Hugging Face data set: the picture's, and that of its class (None: all are one) or of its caption.
+
+    ids:   the teacher's number of each of the data's classes; None: the same
+    rule:  which of several captions is told
+    """
 
     image: str
     label: str | None = None
     caption: str | None = None
+    rule: str | None = None
+    background: Background = "white"
+    ids: tuple[int, ...] | None = None
 
     def class_names(self, features: Any) -> list[str]:
         """Empty for captions and for classes without names; UserError if ``features`` (None: unknown) lack a column."""
@@ -278,32 +385,83 @@ class Columns:
         label = features[self.label] if features is not None else None
         return list(getattr(label, "names", None) or [])
 
+    def of(self, known: KnownClasses | None, features: Any) -> tuple["Columns", list[str]]:
+        """Columns whose class ids are those of ``known``, the teacher's, and its names; as they are without one."""
+        names = self.class_names(features)
+        if known is None or not names or self.label is None:
+            return self, names
+        return replace(self, ids=tuple(known.ids(names))), known.names
+
     def class_id(self, value: Any) -> int:
         """Of what ``label`` has for a picture; UserError if that is no number from 0 on."""
         try:
             number = int(value)
         except (TypeError, ValueError):
             number = -1
-        if number < 0:
+        if number < 0 or (self.ids is not None and number >= len(self.ids)):
             raise UserError(f"data.label_column: '{self.label}' has {value!r:.40} for a class, not a number from 0 on")
-        return number
+        return number if self.ids is None else self.ids[number]
 
-    def collate(self, rows: list[dict[str, Any]], shape: tuple[int, int, int]) -> Batch:
-        """Rows to a batch; webdataset's ``cls`` and ``txt`` files arrive as values or as their text."""
-        images = torch.stack([to_tensor(row[self.image], shape[1], shape[0]) for row in rows])
-        if self.caption:
-            texts = (row[self.caption] for row in rows)
-            return Batch(images, Condition(), tuple(t.decode() if isinstance(t, bytes) else str(t) for t in texts))
-        labels = torch.tensor([self.class_id(row[self.label]) if self.label else 0 for row in rows])
-        return Batch(images, Condition(class_ids=labels))
+    def texts(self, value: Any, name: str) -> tuple[str, ...]:
+        """The captions that ``caption`` has for a picture; BadSample if there are none."""
+        return captions_of(value, name, self.rule)
+
+    def sample(self, row: dict[str, Any], shape: tuple[int, int, int], name: str) -> Sample:
+        """A row; webdataset's ``cls`` and ``txt`` files arrive as values or as their text.
+
+        BadSample, with the row's ``name``, for a picture or caption that cannot be used.
+        """
+        source, path = _picture_in(row[self.image], name)
+        name = f"{name} ({path})" if path else name
+        texts = self.texts(row[self.caption], name) if self.caption else ()
+        label = self.class_id(row[self.label]) if self.label and not self.caption else 0
+        image = decode(source, name, _mode(shape[0]), background=self.background)
+        return Sample(_fitted(image, shape[1]), label, texts)
+
+
+def _picture_in(value: Any, name: str) -> tuple[bytes | Path | Image.Image, str | None]:
+    """What a picture's column has, to be decoded, and its file's name if it has one."""
+    match value:
+        case None:
+            raise BadSample(f"{name} has no picture")
+        case bytes() | Image.Image():
+            return value, None
+        case {"bytes": bytes(data), **rest}:
+            return data, rest.get("path")
+        case {"path": str(path)} | str(path) if "://" in path:
+            from datasets.utils.file_utils import xopen
+
+            try:
+                with xopen(path, "rb") as file:
+                    return file.read(), path
+            except Exception as error:  # of whatever file system it is on
+                raise BadSample(f"{name} ({path}) cannot be read: {' '.join(str(error).split())[:200]}") from error
+        case {"path": str(path)} | str(path):
+            return Path(path), path
+        case _:
+            raise BadSample(f"{name} has {type(value).__name__} for a picture, not a file's content")
+
+
+def row_name(row: dict[str, Any], number: int) -> str:
+    """What a sample is called in messages: by its shard where it is of one."""
+    if "__key__" in row:
+        return f"sample {row['__key__']} of {row.get('__url__')}"
+    return f"sample {number}"
 
 
 class HFPictures:
     """A map-style Hugging Face data set. Classes without names are called by their numbers."""
 
-    def __init__(self, dataset: Any, shape: tuple[int, int, int], columns: Columns):
-        self.dataset, self.columns, self.shape = dataset, columns, shape
-        self.class_names = columns.class_names(dataset.features)
+    def __init__(
+        self,
+        dataset: Any,
+        shape: tuple[int, int, int],
+        columns: Columns,
+        known: KnownClasses | None = None,
+        skip: bool = False,
+    ):
+        self.columns, self.class_names = columns.of(known, dataset.features)
+        self.dataset, self.shape, self.bad = dataset, shape, BadSamples(skip)
         if not self.class_names and not columns.caption and len(dataset):
             self.class_names = [str(i) for i in range(int(self.labels.max()) + 1)]
 
@@ -316,11 +474,30 @@ class HFPictures:
             return torch.zeros(len(self.dataset), dtype=torch.long)
         return torch.tensor([self.columns.class_id(value) for value in self.dataset[label]])
 
+    @property
+    def texts(self) -> list[str]:
+        """All captions."""
+        values = self.dataset[self.columns.caption]
+        return _all_texts(
+            lambda pair: self.columns.texts(pair[1], f"sample {pair[0]}"), list(enumerate(values)), self.bad
+        )
+
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def _read(self, index: int) -> Sample:
+        row = self.dataset[index]
+        return self.columns.sample(row, self.shape, row_name(row, index))
+
+    def _good(self, index: int) -> Sample:
+        try:
+            return self._read(index)
+        except BadSample:
+            labels = torch.zeros(len(self)) if self.columns.caption else self.labels
+            return self.bad.first_good(_following(index, labels), self._read)
+
     def get(self, indices: list[int]) -> Batch:
-        return self.columns.collate([self.dataset[i] for i in indices], self.shape)
+        return collate([self._good(i) for i in indices], self.columns.caption is not None)
 
 
 class SolidsPictures:
@@ -422,54 +599,70 @@ class ShuffledStream:
         self.size, self._ahead = size, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "count": len(self.pictures)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Whatever the number of processes; a line where the number of pictures is another, hence their order."""
+        count, before = len(self.pictures), state.get("count")
         self.position = state["position"]
+        if before not in (None, count):
+            self.position = -(-self.position // before) * count  # the epoch after that one
+            if self.rank == 0:
+                print(f"data: {count} pictures, not {before} as before: a new epoch is begun", file=sys.stderr)
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.load_state_dict(states[0])
 
 
 class StreamedPictures:
     """An iterable Hugging Face data set (streaming, webdataset shards), split over processes.
 
-    Its position is the library's own ``state_dict``. Each epoch takes the shards in another order and reads several by
-    turns; pictures within a shard keep theirs, since a buffer that shuffles them could not be resumed exactly.
+    Each epoch takes the shards in another order and reads several by turns; pictures within a shard keep theirs, since
+    a buffer that shuffles them could not be resumed exactly. Positions are those of :class:`~distill.epochs.Epochs`.
     """
 
-    def __init__(self, dataset: Any, size: int, shape: tuple[int, int, int], columns: Columns):
-        self.dataset, self.size, self.shape, self.columns = dataset, size, shape, columns
-        self.epoch = 0
-        self.dataset.set_epoch(0)
-        self._rows: Iterator[dict[str, Any]] = iter(self.dataset)
+    def __init__(
+        self,
+        dataset: Any,
+        size: int,
+        shape: tuple[int, int, int],
+        columns: Columns,
+        rank: int = 0,
+        world: int = 1,
+        skip: bool = False,
+    ):
+        self.size, self.shape, self.columns = size, shape, columns
+        self.rows, self.bad = Epochs(dataset, rank, world), BadSamples(skip)
+        self._read, self._good = 0, 0
+        """Rows since the stream was opened, for messages; the epoch of the last one that could be used."""
 
     def next(self) -> Batch:
-        rows: list[dict[str, Any]] = []
-        fresh = False
-        while len(rows) < self.size:
-            row = next(self._rows, None)
-            if row is not None:
-                rows.append(row)
-                fresh = False
-                continue
-            if fresh:
-                raise UserError(
-                    "data: the streamed data set gives no picture to this process: fewer shards than processes?"
-                )
-            self.epoch, fresh = self.epoch + 1, True
-            self.dataset.set_epoch(self.epoch)
-            self._rows = iter(self.dataset)
-        return self.columns.collate(rows, self.shape)
+        samples: list[Sample] = []
+        while len(samples) < self.size:
+            row = self.rows.next()
+            if self.rows.epoch > self._good + 1:
+                raise UserError("data: a whole epoch of the stream has no picture that can be used")
+            self._read += 1
+            try:
+                samples.append(self.columns.sample(row, self.shape, row_name(row, self._read - 1)))
+                self._good = self.rows.epoch
+            except BadSample as error:
+                self.bad.meet(error)
+        return collate(samples, self.columns.caption is not None)
 
     def resize(self, size: int) -> None:
         self.size = size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.dataset.set_epoch(self.epoch)
-        self.dataset.load_state_dict(state["dataset"])
-        self._rows = iter(self.dataset)
+        self.rows.load_state_dict(state)
+        self._good = self.rows.epoch
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        self.rows.load_states(states)
+        self._good = self.rows.epoch
 
 
 # --------------------------------------------------------------------------------------------------- conditions

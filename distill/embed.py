@@ -3,6 +3,7 @@
 python -m distill.embed runs/solids/teacher solids        # from then on embedded:solids
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from eval.features import file_digest
 from models.errors import UserError, run_command
 from models.folders import replace_folder
 from models.teachers import PRETRAINED, load
@@ -43,6 +45,31 @@ def halve(path: Path) -> None:
     save_file(tensors, path, metadata)
 
 
+def keep_linked(folder: Path) -> None:
+    """Turn links of other embedded models to files of ``folder`` into copies, before ``folder`` is replaced."""
+    for link in [path for path in PRETRAINED.rglob("*.safetensors") if path.is_symlink()]:
+        if link.resolve().is_relative_to(folder.resolve()):
+            content = link.read_bytes()
+            link.unlink()
+            link.write_bytes(content)
+
+
+def link_shared(folder: Path) -> list[Path]:
+    """Replace weights that another embedded model has too by links to its files, and return those that were.
+
+    A teacher, its student and its sketch student share autoencoder and text encoder, and the clone holds them once.
+    """
+    others = [path for path in PRETRAINED.rglob("*.safetensors") if not path.is_relative_to(folder)]
+    known = {(path.stat().st_size, file_digest(path)): path for path in others if not path.is_symlink()}
+    linked = []
+    for path in folder.rglob("*.safetensors"):
+        if same := known.get((path.stat().st_size, file_digest(path))):
+            path.unlink()
+            path.symlink_to(os.path.relpath(same, path.parent))
+            linked.append(path)
+    return linked
+
+
 def main(options: Options) -> None:
     source = options.run / "student"
     if not (source / "model_index.json").is_file():
@@ -50,6 +77,7 @@ def main(options: Options) -> None:
     if not options.name.isidentifier():
         raise UserError(f"name: '{options.name}' may have letters, digits and underscores only")
     folder = PRETRAINED / options.name
+    keep_linked(folder)
     with replace_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         for part in HALVED:
@@ -57,8 +85,9 @@ def main(options: Options) -> None:
                 halve(path)
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
+    link_shared(folder)
     load(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*")) / 1e6
+    size = sum(path.lstat().st_size for path in folder.rglob("*")) / 1e6
     print(f"embedded:{options.name}, {size:.1f} MB; complete its README.md with what was measured")
 
 

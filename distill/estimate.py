@@ -1,14 +1,15 @@
 """Time and memory of a run, from turns really made on this device.
 
 Memory is what is always there (weights, moments, average, frozen networks) and what a turn needs beside it (gradients,
-activations). The latter grows with the batch by the same amount for each sample, so turns of one and of two samples
-tell it for any number, and the largest batch that fits.
+activations). The latter grows with the batch, from some number of samples on by the same amount for each, so turns of
+1, 2, 4, ... samples tell it for any number, and the largest batch that fits.
 """
 
 import statistics
 import time
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -18,11 +19,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distill.reduce import any_process
 from distill.trainer import Trainer
 
 GIB = 2**30
 USABLE = 0.92
 """Share of a device's memory that tensors may fill; the rest is the libraries' and fragmentation."""
+
+
+SETTLED = 8
+"""Samples from which on two doublings alike are taken for the rule."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -116,24 +122,67 @@ def _kinds(trainer: Trainer) -> list[str]:
     return ["student", "critic"] if trainer.method.critic_turns else ["student"]
 
 
-def plan_memory(trainer: Trainer) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Fixed bytes by part, and of each kind of turn the bytes for no sample and for each sample more.
+@dataclass
+class Peaks:
+    """Most bytes of one kind of turn beside the fixed ones, by the number of samples, ascending.
 
-    Where micro-batches of one are asked for, two are not tried, which may not fit: all is the one sample's then.
+    They are the largest of many lines, one for each moment of the turn: few samples leave the optimizer's step at the
+    top, many the activations. So they grow the faster the more samples there are, up to the steepest line.
     """
-    size, turns = trainer.size, {}
-    found: dict[str, list[int]] = {kind: [] for kind in _kinds(trainer)}
-    for samples in (1, 2) if size > 1 else (1,):
-        _resize(trainer, samples)
-        for kind in found:  # twice: the first turn makes the optimizer's moments
-            _turn(trainer, kind)
-        for kind in found:
-            found[kind].append(turn_memory(trainer, kind))
-    for kind, (one, *two) in found.items():
-        each = max(1, two[0] - one) if two else one
-        turns[kind] = (one - each, each)
+
+    found: dict[int, int] = field(default_factory=dict)
+
+    def _line(self) -> tuple[int, float]:
+        """Bytes for no sample and for each one more, by two large numbers apart; of one alone, all is its samples'."""
+        if len(self.found) == 1:
+            ((count, peak),) = self.found.items()
+            return 0, peak / count
+        many, high = max(self.found.items())
+        few, low = max((count, peak) for count, peak in self.found.items() if count <= 0.75 * many)
+        each = max(1.0, (high - low) / (many - few))
+        return round(high - many * each), each
+
+    def at(self, samples: int) -> int:
+        fewest, each = self._line()
+        return self.found.get(samples, round(fewest + samples * each))
+
+    def largest(self, memory: float) -> int:
+        """Samples that ``memory`` bytes are enough for."""
+        fewest, each = self._line()
+        return max(0, int((memory - fewest) // each))
+
+    def settled(self) -> bool:
+        """Whether the last doubling went on as the one before, and there are eight samples or more."""
+        if len(self.found) < 3 or max(self.found) < SETTLED:
+            return False
+        (a, first), (b, second), (c, third) = sorted(self.found.items())[-3:]
+        before, after = (second - first) / (b - a), (third - second) / (c - b)
+        return abs(after - before) <= 0.01 * after
+
+
+def measure(trainer: Trainer, peaks: dict[str, Peaks], samples: int) -> None:
+    """Add the peaks of micro-batches of ``samples``, behind a turn of each kind that makes what is made once."""
+    _resize(trainer, samples)
+    for kind in peaks:
+        _turn(trainer, kind)
+    for kind, peak in peaks.items():
+        peak.found[samples] = turn_memory(trainer, kind)
+
+
+def plan_memory(trainer: Trainer, usable: float) -> tuple[dict[str, int], dict[str, Peaks]]:
+    """Fixed bytes by part, and the peaks of each kind of turn, of 1, 2, 4, ... samples: until they are settled, the
+    next would be more than are asked for, or it would take more than ``usable`` bytes."""
+    size, peaks = trainer.size, {kind: Peaks() for kind in _kinds(trainer)}
+    samples, fixed, goes_on = 1, {}, True
+    while goes_on:
+        measure(trainer, peaks, samples)
+        fixed = fixed_memory(trainer)
+        samples *= 2
+        fits = all(sum(fixed.values()) + peak.at(samples) <= usable for peak in peaks.values())
+        ends = samples > size or not fits or all(peak.settled() for peak in peaks.values())
+        goes_on = not any_process(ends, trainer.accelerator.device)
     _resize(trainer, size)
-    return fixed_memory(trainer), turns
+    return fixed, peaks
 
 
 def device_memory(device: torch.device) -> int:
@@ -142,22 +191,23 @@ def device_memory(device: torch.device) -> int:
 
 
 def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
-    """Seconds per student and critic turn (median of ``repeats``), time of the whole run, and memory of a process:
-    by part, foreseen and measured at the micro-batch that was asked for, and the largest one that fits.
+    """Seconds per student and critic turn (median of ``repeats``), time of the whole run, and memory of a process: by
+    part, at the micro-batch that was asked for, measured where it fits, else foreseen from smaller ones; and the
+    largest one that fits.
 
     The turns change the trainer's networks: use it for nothing else afterwards. Nothing is written.
     """
-    fixed, turns = plan_memory(trainer)
     device, size = trainer.accelerator.device, trainer.size
-    foreseen = {kind: fewest + size * each for kind, (fewest, each) in turns.items()}
-    usable = USABLE * device_memory(device) - sum(fixed.values())
-    largest = max(0, min(int((usable - fewest) // each) for fewest, each in turns.values()))
-    seconds, measured = dict.fromkeys(turns, 0.0), None
-    if size <= largest:
-        for kind in turns:
-            _turn(trainer, kind)
-        measured = sum(fixed.values()) + max(turn_memory(trainer, kind) for kind in turns)
-        seconds = {kind: statistics.median(_turn(trainer, kind) for _ in range(repeats)) for kind in turns}
+    usable = USABLE * device_memory(device)
+    fixed, peaks = plan_memory(trainer, usable)
+    room = usable - sum(fixed.values())
+    foreseen = sum(fixed.values()) + max(peak.at(size) for peak in peaks.values())
+    seconds, measured = dict.fromkeys(peaks, 0.0), None
+    if not any_process(size > min(peak.largest(room) for peak in peaks.values()), device):
+        if any(size not in peak.found for peak in peaks.values()):
+            measure(trainer, peaks, size)
+        measured = sum(fixed.values()) + max(peak.at(size) for peak in peaks.values())
+        seconds = {kind: statistics.median(_turn(trainer, kind) for _ in range(repeats)) for kind in peaks}
     step = seconds["student"] + trainer.method.critic_turns * seconds.get("critic", 0.0)
     gib = lambda value: round(value / GIB, 4)
     return {
@@ -171,9 +221,10 @@ def estimate(trainer: Trainer, repeats: int = 3) -> dict[str, Any]:
         "critic_turns_per_student_turn": trainer.method.critic_turns,
         "hours": round(step * trainer.config.train.steps / 3600, 3) if measured else None,
         "memory_gib": {name: gib(value) for name, value in fixed.items()}
-        | {f"{kind}_turn": gib(value) for kind, value in foreseen.items()}
-        | {"total": gib(sum(fixed.values()) + max(foreseen.values())), "device": gib(device_memory(device))},
+        | {f"{kind}_turn": gib(peak.at(size)) for kind, peak in peaks.items()}
+        | {"total": gib(measured or foreseen), "device": gib(device_memory(device))},
+        "foreseen_peak_gib": gib(foreseen),
         "measured_peak_gib": gib(measured) if measured else None,
         "micro_batch": size,
-        "largest_micro_batch": largest,
+        "largest_micro_batch": min(peak.largest(room) for peak in peaks.values()),
     }

@@ -69,6 +69,8 @@ def make(arguments: Arguments) -> None:
     if min(arguments.count, arguments.steps, arguments.batch) < 1:
         raise UserError("--count, --steps and --batch must be at least 1")
     denoiser, spec = load_class_conditional(arguments.teacher)
+    if spec.student:
+        raise UserError(f"--teacher: {arguments.teacher} is a one-step student: name the teacher that it was made from")
     parts: list[dict[str, Tensor]] = []
     for start in trange(0, arguments.count, arguments.batch, desc="pairs"):
         index = torch.arange(start, min(start + arguments.batch, arguments.count))

@@ -36,20 +36,25 @@ def check_launch(accelerator: Accelerator) -> None:
         )
 
 
+def _networks(network: nn.Module) -> list[CoreNetwork]:
+    return [module for module in network.modules() if isinstance(module, CoreNetwork)]
+
+
 def _cores(network: nn.Module) -> list[nn.Module]:
-    return [module.core for module in network.modules() if isinstance(module, CoreNetwork)]
+    return [module.core for module in _networks(network)]
 
 
 def shard(networks: Iterable[nn.Module], accelerator: Accelerator) -> None:
     """Divide the diffusers networks within ``networks`` over all processes; each once, on the device first."""
     device = accelerator.device
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-    for network in networks:
-        for core in _cores(network):
-            if isinstance(core, FSDPModule):
-                continue
+    for one in (part for network in networks for part in _networks(network)):
+        core: nn.Module = one.core
+        if not isinstance(core, FSDPModule):
             core.to(device)
             whole = lora_parameters(core)
+            for part in one.apart():  # gathered by its own call, whoever calls it
+                fully_shard(part, mesh=mesh, ignored_params=whole)
             for child in core.children():
                 for block in child if isinstance(child, nn.ModuleList) else []:
                     fully_shard(block, mesh=mesh, ignored_params=whole)

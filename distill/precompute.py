@@ -5,7 +5,8 @@
     accelerate launch distill/train.py --config configs/x.yaml --data '{kind: precomputed, path: data/latents}'
 
 Teacher and data are those of a training configuration; any key of it can be given, as in training. The same command
-again goes on where it was interrupted. The folder holds webdataset shards of safetensors (distill/stored.py).
+again goes on where it was interrupted, and refuses pictures or captions that have changed since. The folder holds
+webdataset shards of safetensors (distill/stored.py).
 """
 
 import sys
@@ -19,12 +20,15 @@ import tyro
 from torch import nn
 
 from distill import stored
-from distill.build import build_stream, load_teacher, read_prompts, sana_spec
+from distill.build import build_stream, load_teacher, sana_spec
 from distill.data import Pictures, ShuffledStream
 from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, SanaSize, check, override, read_values
+from distill.source import told
 from models.errors import UserError, run_command
+from models.prompts import read_prompts
 from models.teachers.base import ClassSpec, TextSpec
-from models.teachers.pipeline import Latents, Stock
+from models.teachers.latents import Latents
+from models.teachers.pipeline import Stock
 from models.teachers.sana import SanaSpec
 
 
@@ -44,6 +48,8 @@ class Options:
     """Samples encoded at a time."""
     per_shard: int = 1000
     """Samples of a shard."""
+    verify: bool = False
+    """Read all pictures and captions again, and compare them with those that were encoded."""
 
 
 def _source(config: Config) -> tuple[Pictures | Sequence[str], tuple[int, int, int] | None, list[str]]:
@@ -110,11 +116,12 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
         "batch": options.batch,
         "data": config.data.model_dump(mode="json"),
         "classes": config.classes,
+        "source": told(config.data, source),
     }
     state, device = stored.processes()
     if isinstance(spec, SanaSpec):  # convolutions of a CPU take a third less time so
         cast(nn.Module, spec.vae).to(memory_format=torch.channels_last)
-    stored.run(stored.Writer(options.output, spec, source, facts, device), state)
+    stored.run(stored.Writer(options.output, spec, source, facts, device, options.verify), state)
     if state.is_main_process:
         print(f"{options.output}: {facts['count']} samples of {teacher} in {options.dtype}")
 

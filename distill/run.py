@@ -138,7 +138,8 @@ def with_precision(config: Config) -> tuple[Config, str]:
     """``config`` with ``train.mixed_precision: auto`` decided, and why; a run that is there keeps its own."""
     known = (config.output / "config.yaml").is_file()
     before = (read_run(config.output).get("train") or {}).get("mixed_precision") if known else None
-    return precision.resolved(config, PartialState(cpu=not torch.accelerator.is_available()).device, before)
+    device = cast(torch.device, PartialState(cpu=not torch.accelerator.is_available()).device)
+    return precision.resolved(config, device, before)
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def train(config: Config) -> int:
         if main:
             print(f"stopped at step {trainer.step} of {config.train.steps}; the same command resumes", file=sys.stderr)
         return STOPPED
+    check_trained(trainer)
     with trainer.ema_weights():
         if main:
             card = model_card(config, trainer.spec)
@@ -211,6 +213,16 @@ def train(config: Config) -> int:
     if main:
         publish(config, trainer.stream)
     return STOPPED if trainer.stopping else 0
+
+
+def check_trained(trainer: Trainer) -> None:
+    """UserError if most steps of a run changed nothing."""
+    skipped = int(trainer.bad_steps[2])
+    if 2 * skipped > trainer.step:
+        raise UserError(
+            f"{skipped} of {trainer.step} steps were skipped, whose loss or gradient was not finite: no student is "
+            "exported; lower student.lr and critic.lr, or train without bf16, into another --output"
+        )
 
 
 def plan_students(config: Config, settings: MultiStudent) -> tuple[list[int], dict[int, list[Config]]]:

@@ -17,11 +17,15 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from distill.class_names import ClassesBy
 from distill.noise_levels import LogNormal, LogUniform, NoiseLevels
+from distill.picture_folder import CaptionsFrom
 from distill.schema import Schema
 from models.adapters import TARGETS
 from models.errors import UserError
 from models.folders import replace_text
+from models.pictures import Background
+from models.yaml_text import KeyGivenTwice, read_yaml
 
 DivergenceName = Literal[
     "reverse_kl",
@@ -44,12 +48,29 @@ class FashionMNISTData(Schema):
     """Folder of the four .gz files; `make data` fills it."""
 
 
-class ImageFolderData(Schema):
-    """Pictures in a folder, one sub-folder per class."""
+class RealPictures(Schema):
+    """How files of pictures become samples; see docs/pictures.md."""
+
+    background: Background = "white"
+    """Colour behind transparent pixels."""
+    on_bad_picture: Literal["refuse", "skip"] = "refuse"
+    """What a damaged picture, or one without the caption asked for, does: end the run, or be left out and counted."""
+    classes_by: ClassesBy = "name"
+    """name: a class is the teacher's of the same name, or of its number; position: the teacher's in the same place."""
+    caption: str | None = None
+    """Which caption of several is told: first, random, whole (of a .txt of several lines), or the key of a mapping."""
+
+
+class ImageFolderData(RealPictures):
+    """Pictures in a folder, one sub-folder per class, or with captions."""
 
     kind: Literal["image_folder"] = "image_folder"
     path: Path
     """The folder."""
+    captions_from: CaptionsFrom = "auto"
+    """files: name.txt beside name.png; metadata: metadata.jsonl; auto: whichever is there, for teachers of prompts."""
+    caption_column: str = "text"
+    """Key of the captions in metadata.jsonl."""
     size: int = Field(default=32, gt=0)
     """Side in pixels: shorter side resized to it (Lanczos), then centre crop."""
     channels: Literal[1, 3] = 3
@@ -58,7 +79,7 @@ class ImageFolderData(Schema):
     """Threads that decode pictures."""
 
 
-class HFData(Schema):
+class HFData(RealPictures):
     """A data set of the Hugging Face `datasets` library: hub id, local folder, or a builder such as webdataset."""
 
     kind: Literal["hf_dataset"] = "hf_dataset"
@@ -150,6 +171,8 @@ class Teacher(Schema):
     """Tokens of a prompt, for encoders of any length; null: as the family's pipeline."""
     config: str | None = None
     """Pipeline folder or hub id with all the rest, where `path` is a single .safetensors file of the network."""
+    distilled: bool | None = None
+    """Whether it is distilled, and knows no guidance; null: as its scheduler, its configs and its card say."""
     offload: bool = False
     """Keep text encoders and autoencoder on the CPU."""
     cache: Path | None = None
@@ -865,6 +888,10 @@ class Config(Schema):
 # --------------------------------------------------------------------------------------------- reading and errors
 
 
+MOST_PROBLEMS = 20
+"""Of a file that are named."""
+
+
 def _variants(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
@@ -896,7 +923,7 @@ def _hint(key: str, keys: list[str]) -> str:
 
 
 def _explain(error: ValidationError, values: Any, source: str) -> str:
-    """All problems of a file, a line each: key, what is wrong, what was given."""
+    """All problems of a file in a line: key, what is wrong, what was given."""
     keys = list(dict.fromkeys(_known_keys(Config, values)))
     lines = []
     for item in error.errors():
@@ -919,14 +946,15 @@ def _explain(error: ValidationError, values: Any, source: str) -> str:
                 allowed = item.get("ctx", {}).get("expected_tags", "see --help")
                 lines.append(f"{key}.kind: must be one of {allowed}")
             case _:
-                lines.append(f"{key}: {item['msg']} (got {item['input']!r})")
-    return f"{source}: " + "; ".join(lines)
+                lines.append(f"{key}: {item['msg']} (got {item['input']!r:.200})")
+    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+    return f"{source}: " + "; ".join(lines[:MOST_PROBLEMS] + more)
 
 
 def read_values(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchecked; UserError if there are none to be had."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -972,7 +1000,9 @@ def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
                 place[parent] = {}
             place = place[parent]
         try:
-            place[last] = yaml.safe_load(text)
+            place[last] = read_yaml(text)
+        except KeyGivenTwice as error:
+            raise UserError(f"--{key}: {error}") from error
         except yaml.YAMLError:
             place[last] = text
     return values

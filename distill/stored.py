@@ -27,7 +27,7 @@ from distill.data import Batch, Pictures
 from models.condition import Condition
 from models.errors import UserError
 from models.folders import replace_file, replace_text
-from models.shards import Shards, finished, write_shard
+from models.shards import Shards, finished, made_of, write_shard
 from models.teachers.base import ClassSpec, Texts, TextSpec
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -107,6 +107,8 @@ class Writer:
     """Writes ``source``, pictures or prompts, as ``spec`` encodes them: shard by shard, those that are missing.
 
     ``facts`` describe the run; UserError if ``folder`` holds another's. Process ``rank`` of ``world`` writes its share.
+    ``facts["source"]`` tells cheaply what is encoded (distill/source.py). Where it has changed, or with ``verify``, the
+    pictures and captions of all finished shards are compared with those that were encoded, by their digests.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class Writer:
         source: Pictures | Sequence[str],
         facts: dict[str, Any],
         device: torch.device,
+        verify: bool = False,
     ):
+        self.verify = verify
         self.folder, self.spec, self.source, self.device = folder, spec, source, device
         self.dtype, self.batch = DTYPES[facts["dtype"]], facts["batch"]
         self.count, self.per_shard = facts["count"], facts["per_shard"]
@@ -135,7 +139,11 @@ class Writer:
         path = self.folder / "stored.json"
         if path.is_file():
             old = _read_facts(self.folder)
-            changed = [f"{key} {old.get(key)} -> {value}" for key, value in self.facts.items() if old.get(key) != value]
+            changed = [
+                f"{key} {old.get(key)} -> {value}"
+                for key, value in self.facts.items()
+                if old.get(key) != value and key != "source"
+            ]
             if not changed and not same(_read_reference(self.folder), made):
                 changed = ["another teacher"]
             if changed:
@@ -143,11 +151,40 @@ class Writer:
                     f"{self.folder} holds what other settings made ({'; '.join(changed[:3])[:200]}): choose another "
                     "folder, or delete that one to start afresh"
                 )
+            now, then = self.facts.get("source"), old.get("source")
+            if self.verify or now != then:
+                self._compare()
+                replace_text(path, json.dumps(self.facts, indent=2) + "\n")
             return
         with replace_file(self.folder / "reference.safetensors") as temporary:
             save_file(made, temporary)
             temporary.chmod(0o644)  # which the library leaves to this user alone
         replace_text(path, json.dumps(self.facts, indent=2) + "\n")
+
+    def _compare(self) -> None:
+        """Read the source of the finished shards again; UserError if it is not what was encoded."""
+        done = [number for number in range(-(-self.count // self.per_shard)) if finished(self.folder, number)]
+        known = {number: made_of(self.folder, number) for number in done}
+        if unknown := [number for number in done if not known[number]]:
+            print(f"{self.folder}: {len(unknown)} shards do not tell what they were made of: not compared")
+        bar = tqdm([number for number in done if known[number]], desc="compare", unit="shard")
+        changed = [number for number in bar if self._digest(number) != known[number]]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds what was made of other pictures or captions, in {len(changed)} of {len(done)} "
+                "shards: choose another folder, or delete that one to start afresh"
+            )
+
+    def _digest(self, number: int) -> str:
+        """What the writer of a shard is given of its source."""
+        found = hashlib.sha256()
+        for part in self._batches(number):
+            _add(found, self._get(part), len(part))
+        return found.hexdigest()
+
+    def _batches(self, number: int) -> list[list[int]]:
+        indices = list(range(number * self.per_shard, min((number + 1) * self.per_shard, self.count)))
+        return [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
 
     def write(self, rank: int = 0, world: int = 1) -> None:
         """This process's shards."""
@@ -155,13 +192,12 @@ class Writer:
         bar = tqdm(total=self.count, desc="precompute", unit="sample", disable=rank > 0)
         with bar, ThreadPoolExecutor(1) as pool:
             for number in shards:
-                indices = list(range(number * self.per_shard, min((number + 1) * self.per_shard, self.count)))
                 if not finished(self.folder, number):
-                    self._shard(number, indices, pool)
-                bar.update(min(len(indices) * world, self.count - bar.n))
+                    self._shard(number, pool)
+                bar.update(min(self.per_shard * world, self.count - bar.n))
 
-    def _shard(self, number: int, indices: list[int], pool: ThreadPoolExecutor) -> None:
-        batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
+    def _shard(self, number: int, pool: ThreadPoolExecutor) -> None:
+        batches, source = self._batches(number), hashlib.sha256()
         filled = [part + part[-1:] * (self.batch - len(part)) for part in batches]  # a smaller one is rounded otherwise
         ahead = pool.submit(self._get, filled[0])
         with write_shard(self.folder, number) as shard:
@@ -169,8 +205,10 @@ class Writer:
                 batch = ahead.result()
                 if i + 1 < len(batches):
                     ahead = pool.submit(self._get, filled[i + 1])
+                _add(source, batch, len(part))
                 for index, files in zip(part, self._encode(batch), strict=False):
                     shard.add(index, files)
+            shard.source = source.hexdigest()
 
     def _get(self, indices: list[int]) -> Batch | list[str]:
         if isinstance(self.source, Sequence):
@@ -201,6 +239,16 @@ class Writer:
             if not bool(value.isfinite().all()):
                 raise UserError(f"--dtype: a value of {name} is too large for {self.facts['dtype']}: choose bfloat16")
         return save(stored)
+
+
+def _add(digest: Any, batch: Batch | list[str], count: int) -> None:
+    """Put the first ``count`` samples of a batch, as their source gives them, into a digest."""
+    captions = batch.captions if isinstance(batch, Batch) else batch
+    for i in range(count):
+        if isinstance(batch, Batch):
+            digest.update(batch.images[i].numpy().tobytes())
+            digest.update(str(None if batch.cond.class_ids is None else int(batch.cond.class_ids[i])).encode())
+        digest.update(json.dumps(captions[i] if captions else None).encode())
 
 
 def run(writer: Writer, state: PartialState) -> None:

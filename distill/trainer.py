@@ -177,8 +177,7 @@ class Trainer:
             for name, module in self.method.buffers.items():
                 module.load_state_dict(state["buffers"][name])
             if self.stream is not None:
-                streams = state["streams"]
-                self.stream.load_state_dict(streams[min(rank, len(streams) - 1)])
+                self.stream.load_states(state["streams"])
         if self.accelerator.is_main_process:
             self.metrics.rewind(self.step)
 

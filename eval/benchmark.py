@@ -168,11 +168,11 @@ def adapters(options: Options) -> None:
                     "train.mixed_precision": f"'{options.precision}'",
                 }
                 found = dry_run(_command(values, options.set), cwd=ROOT)
-                memory, name = found["memory_gib"], f"{shape:<12}{'LoRA' if lora else 'full':>8}"
+                name = f"{shape:<12}{'LoRA' if lora else 'full':>8}"
                 times = f"{found['seconds_per_student_turn']:>11.3f}{found['seconds_per_critic_turn']:>10.3f}"
                 peak = "not run" if found["measured_peak_gib"] is None else f"{found['measured_peak_gib']:.3f}"
                 name += f"{'yes' if checkpointing else 'no':>15}{batch:>6}{times}"
-                line = f"{name}{memory['total']:>14.3f}{peak:>10}{found['largest_micro_batch']:>15}"
+                line = f"{name}{found['foreseen_peak_gib']:>14.3f}{peak:>10}{found['largest_micro_batch']:>15}"
                 print(f"{line}  {found['device']}", flush=True)
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import trange
 
 from eval.machine import place_of
 from models.errors import UserError, run_command
+from models.pictures import raw
 
 
 class CLIP:
@@ -112,7 +113,7 @@ def main(options: Options) -> None:
     values = []
     for start in trange(0, len(every), options.batch, desc="CLIP score", unit="batch"):
         part = every[start : start + options.batch]
-        opened = [Image.open(picture.path) for picture in part]
+        opened = [raw(picture.path) for picture in part]
         values.append(clip_scores(clip, opened, [options.prefix + picture.metadata["prompt"] for picture in part]))
     found = torch.cat(values).double()
     error = float(found.std() / len(found) ** 0.5) if len(found) > 1 else float("nan")

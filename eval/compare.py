@@ -35,6 +35,7 @@ from eval.features import Protocol, load_extractor, weights_digest
 from eval.reference import load_reference
 from models import teachers
 from models.errors import UserError, run_command
+from models.yaml_text import read_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("diff_instruct", "dmd2", "f_distill", "uni_instruct", "sim", "sid", "multi_student")
@@ -100,7 +101,10 @@ class Record:
     def __init__(self, options: Options, config: Path, steps: int, seed: int):
         self.folder = options.runs / f"{config.stem}-{steps}-{seed}"
         self.path, self.log = self.folder.with_name(f"{self.folder.name}.json"), self.folder.with_suffix(".log")
-        settings = json.dumps(yaml.safe_load(config.read_text()), sort_keys=True, default=str)  # comments may change
+        try:
+            settings = json.dumps(read_yaml(config.read_text()), sort_keys=True, default=str)  # comments may change
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
         digest = hashlib.sha256(settings.encode()).hexdigest()
         made_by = {"config_sha256": digest, "steps": steps, "seed": seed, "set": options.overrides}
         self.values: dict[str, Any] = {"made_by": made_by, "seconds": 0.0}
@@ -147,7 +151,7 @@ class Record:
 
     def score(self, num_images: int) -> list[dict[str, Any]]:
         """Scores of the student and its teacher; measured once, unless the protocol or the weights change."""
-        settings = yaml.safe_load((self.folder / "config.yaml").read_text())
+        settings = read_yaml((self.folder / "config.yaml").read_text())
         if settings["teacher"] is None:
             raise UserError(f"{self.folder} has no teacher: there is nothing to compare")
         student = self.folder / "student"

@@ -28,6 +28,7 @@ from models.scene.surface import draw
 from models.seeds import Draws, mix
 from models.teachers import load
 from models.teachers.base import TextSpec
+from models.yaml_text import read_yaml
 
 BINS = 5
 """Of noise levels, equal parts of those that the critic was trained at."""
@@ -66,7 +67,7 @@ def critic_file(stage: Path) -> Path | None:
 def settings_of(stage: Path) -> dict[str, Any]:
     """A stage's config.yaml; UserError if it is not that of text to 3D."""
     try:
-        config = yaml.safe_load((stage / "config.yaml").read_text())
+        config = read_yaml((stage / "config.yaml").read_text())
         config["settings"] = next(s for s in config["method"]["stages"] if s["name"] == config["method"]["stage"])
         return config
     except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration) as error:

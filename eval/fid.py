@@ -39,7 +39,7 @@ from eval.features import (
 from eval.frechet import frechet_distance, frechet_spread
 from eval.generate import Sampler, images, painted
 from eval.inception import Inception
-from eval.machine import environment, place_of, refuse_unread, share
+from eval.machine import environment, home_of, place_of, refuse_unread, share
 from eval.metrics import gaussian_mmd, inception_score, kernel_distance, neighbours
 from eval.nearest import LOOKED_AT, Training, TrainingFolder, nearest
 from eval.pictures import batches, picture_files
@@ -52,6 +52,7 @@ from models.folders import replace_text
 from models.multi_student import MultiStudent
 from models.seeds import Draws
 from models.teachers.base import ClassSpec
+from models.yaml_text import read_yaml
 
 MIN_IMAGES = 10
 RESAMPLED = 256
@@ -66,7 +67,8 @@ class Options:
     student: Path | None = None
     """A run folder, or an exported student (model_index.json beside its network)."""
     images: Path | None = None
-    """A folder of pictures to score as they are, in the student's place."""
+    """A folder of pictures to score as they are, in the student's place. What counts is clean-fid's listing;
+    neither EXIF's orientation nor alpha is applied, as in the published protocols."""
     num_images: int = 4000
     """Pictures to generate for each score. More than 10 per feature dimension, and 4,000, are worth trusting."""
     protocol: ProtocolName = "fd_fmnist_cnn"
@@ -91,7 +93,7 @@ class Options:
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
     remeasure_teacher: bool = False
-    """Measure the teacher now even if its scores.json has this protocol."""
+    """Measure the teacher now even if scores.json, its own or in report/NAME, has this protocol."""
     curve: tuple[int, ...] = ()
     """More numbers of Heun steps of the teacher, for the curve of distance over network calls."""
     training: Path | None = None
@@ -154,7 +156,7 @@ def teacher_of(run: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        settings = yaml.safe_load(config.read_text())
+        settings = read_yaml(config.read_text())
         return str(settings["teacher"]["path"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{config} names no teacher under teacher.path: give it with --teacher") from error
@@ -313,17 +315,21 @@ def score(
 
 
 class TeacherScores:
-    """Scores of one teacher in ``scores.json`` beside its weights, by protocol, weights and sampler."""
+    """Scores of one teacher in ``scores.json`` beside its weights, by protocol, weights and sampler.
+
+    Those of a teacher that came with the project are only read there; new ones go to report/NAME.
+    """
 
     def __init__(self, folder: Path, weights_sha256: str):
-        self.path, self.weights = folder / "scores.json", weights_sha256
+        self.shipped, self.path = folder / "scores.json", home_of(folder) / "scores.json"
+        self.weights = weights_sha256
 
     def _key(self, sampler: Sampler, digest: str) -> str:
         return f"{digest} {self.weights} {sampler.name}"
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
-            stored = json.loads(self.path.read_text())
+            stored = json.loads(path.read_text())
         except (OSError, ValueError):
             return {}
         return stored if isinstance(stored, dict) else {}
@@ -331,14 +337,19 @@ class TeacherScores:
     def get(self, sampler: Sampler, digest: str) -> Score | None:
         """The stored score, or None; an entry that is not whole counts as none."""
         try:
-            return Score(**self._read()[self._key(sampler, digest)])
+            return Score(**self._read(self.source(sampler, digest))[self._key(sampler, digest)])
         except (KeyError, TypeError):
             return None
 
+    def source(self, sampler: Sampler, digest: str) -> Path:
+        """The file that has the score, if any has."""
+        return self.path if self._key(sampler, digest) in self._read(self.path) else self.shipped
+
     def put(self, sampler: Sampler, digest: str, value: Score) -> None:
         """Store a score; a folder that cannot be written to is no error."""
-        stored = self._read() | {self._key(sampler, digest): asdict(value)}
+        stored = self._read(self.path) | {self._key(sampler, digest): asdict(value)}
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self.path, json.dumps(stored, indent=2) + "\n")
         except OSError as error:
             print(f"warning: the teacher's scores are not kept: {error}", file=sys.stderr)
@@ -474,7 +485,7 @@ def evaluate(
         )
         if cache and not known:
             cache.put(sampler, rules.digest(), value)
-        source = f"read from {cache.path}" if known and cache else "measured now"
+        source = f"read from {cache.source(sampler, rules.digest())}" if known and cache else "measured now"
         rows.append(row(value, reference.floor(n), source))
     samplers = [sampler for sampler, _ in sources]
     if grid is not None and processes[0] == 0:
@@ -566,7 +577,8 @@ def main(options: Options) -> None:
         named = options.teacher or teacher_of(options.student)
         if named is None:
             print("warning: no teacher to compare with; name it with --teacher", file=sys.stderr)
-        folder = options.output or options.student / "report"
+        home = home_of(options.student)
+        folder = options.output or (home / "report" if home == options.student else home)
         result = evaluate(
             student,
             teachers.resolve(named) if named else None,

@@ -11,6 +11,7 @@ import diffusers
 import torch
 
 from models.errors import UserError
+from models.teachers import PRETRAINED
 
 
 def share() -> tuple[int, int]:
@@ -57,7 +58,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def home_of(model: str | Path) -> Path:
     """Where reports of a model go: its own folder, or report/NAME for one that came with the project."""
     name = str(model)
-    return Path("report") / name.removeprefix("embedded:") if name.startswith("embedded:") else Path(model)
+    if name.startswith("embedded:"):
+        return Path("report") / name.removeprefix("embedded:")
+    folder = Path(model).resolve()
+    return Path("report") / folder.name if folder.parent == PRETRAINED.resolve() else Path(model)
 
 
 def refuse_unread(options: Any, names: Iterable[str], where: str) -> None:

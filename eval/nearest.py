@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.features import Extractor, extract, quantize
-from eval.pictures import picture_files, read_picture
+from eval.pictures import picture_files, read_upright
 from models.errors import UserError
 
 LOOKED_AT = 500
@@ -35,7 +35,7 @@ class TrainingFolder:
         return len(self.files)
 
     def get(self, indices: list[int]) -> SimpleNamespace:
-        read = [read_picture(self.files[index]) for index in indices]
+        read = [read_upright(self.files[index]) for index in indices]
         for index, picture in zip(indices, read, strict=True):
             if picture.shape != read[0].shape:
                 raise UserError(f"--training: {self.files[index]} has another size than {self.files[indices[0]]}")

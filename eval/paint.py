@@ -18,6 +18,7 @@ from eval.machine import share
 from eval.protocols import Quantisation
 from eval.text_to_image import painter
 from models.errors import UserError, run_command
+from models.prompts import read_prompts
 from models.scene.captions import Metadata
 
 
@@ -47,12 +48,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Paint what is missing."""
-    try:
-        lines = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{options.prompts} cannot be read: {error}") from error
-    if not lines or options.each < 1:
-        raise UserError(f"{options.prompts}: give at least one prompt, and --each at least 1")
+    lines = read_prompts(options.prompts, "prompts")
+    if options.each < 1:
+        raise UserError(f"--each: {options.each} must be at least 1")
     asked: list[Metadata] = [{"tag": "caption", "include": [], "prompt": line} for line in lines]
     made = painter(options.model, options.steps, options.guidance, options.device)
     made = replace(made, to_uint8=QUANTISATIONS[options.quantise].function)

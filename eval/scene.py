@@ -29,9 +29,11 @@ from eval.scene_report import Shown, write
 from eval.scene_scores import VIEWS, judge_clip, judge_export, judge_solid
 from eval.scene_seeds import Seed, diversity, means
 from models.errors import UserError, run_command
+from models.prompts import read_prompts
 from models.scene import captions, export, saved, solids
 from models.scene.fields import Field
 from models.scene.mesh import Mesh
+from models.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SceneFolder:
 
     def particles(self) -> tuple[list[Mesh], list[Field]]:
         """The last stage's own, as its files were made from."""
-        config = yaml.safe_load((self.stages[-1] / "config.yaml").read_text())
+        config = read_yaml((self.stages[-1] / "config.yaml").read_text())
         _, meshes, fields, _ = export.load(self.stages[-1] / "student", config["method"]["export"]["threshold"])
         return meshes, fields
 
@@ -87,7 +89,7 @@ def _stages(path: Path) -> list[Path]:
     before: dict[str, Path] = {}
     for stage in found:
         try:
-            start = yaml.safe_load((stage / "config.yaml").read_text())["method"].get("start")
+            start = read_yaml((stage / "config.yaml").read_text())["method"].get("start")
             before[Path(start).name if start else ""] = stage
         except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -147,12 +149,7 @@ class Options:
         print(f"report: {page}")
 
     def _further(self) -> list[str]:
-        if self.prompts is None:
-            return []
-        try:
-            return [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts: {self.prompts} cannot be read as a text file") from error
+        return [] if self.prompts is None else read_prompts(self.prompts, "prompts")
 
 
 @dataclass

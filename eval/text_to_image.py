@@ -21,7 +21,8 @@ from models import teachers
 from models.condition import Condition
 from models.controlnet import NOTHING, edges
 from models.denoiser import Denoiser, Guided
-from models.errors import UserError, run_command
+from models.errors import BadSample, UserError, run_command
+from models.pictures import decode
 from models.seeds import Draws
 from models.student import heun
 from models.teachers.base import TextSpec
@@ -53,7 +54,7 @@ class Painter:
         return {
             "weights_sha256": self.folder and weights_digest(self.folder),
             "steps": self.steps,
-            "times": list(self.times or self.spec.times or ())[: self.steps],
+            "times": list((self.times or self.spec.times or ())[: self.steps]),
             "guidance": self.guidance,
             "bytes": self.to_uint8.__name__,
         }
@@ -83,7 +84,9 @@ class Painter:
         z = draws.normal(*self.spec.shape)
         if not self.spec.student:
             if self.guidance != 1 and not self.spec.guidable:
-                raise UserError(f"guidance: {self.guidance:g}, but this teacher is distilled and knows none: give 1")
+                raise UserError(
+                    f"guidance: {self.guidance:g}, but this teacher is distilled ({self.spec.unguided}): give 1"
+                )
             return heun(Guided(self.denoiser, self.guidance), z, cond, self.steps)
         times = self.times or self.spec.times
         assert times is not None
@@ -91,7 +94,7 @@ class Painter:
             raise UserError(f"steps: this student has times for 1 to {len(times)} steps, not {self.steps}")
         student = self.spec.one_step(self.denoiser)
         student.t_init = times[0]
-        return student.generate(z, cond, times[1 : self.steps], lambda: draws.normal(*self.spec.shape))
+        return student.generate(z, cond, times[: self.steps][1:], lambda: draws.normal(*self.spec.shape))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], lines: Tensor | None = None) -> Tensor:
         """uint8 pictures (B, 3, H, W) on the CPU; UserError where they are not finite."""
@@ -150,8 +153,8 @@ class Options:
 def read_lines(path: Path, side: int) -> Tensor:
     """Edges (1, 1, side, side) of a picture file; UserError if it is none."""
     try:
-        picture = ImageOps.fit(Image.open(path).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except (OSError, ValueError) as error:
+        picture = ImageOps.fit(decode(path, "it"), (side, side), Image.Resampling.LANCZOS)
+    except BadSample as error:
         raise UserError(f"--lines: {path} cannot be read as a picture: {error}") from error
     return edges(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1)
 

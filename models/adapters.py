@@ -84,6 +84,9 @@ class Adapted(CoreNetwork):
     def core(self) -> Any:
         return self.network.core
 
+    def apart(self) -> list[nn.Module]:
+        return self.network.apart()
+
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if not self._layers:  # by now all adapters are there
             self._layers = list(_layers(self.network).values())

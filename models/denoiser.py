@@ -26,6 +26,10 @@ class CoreNetwork(nn.Module, ABC):
     @abstractmethod
     def core(self) -> Any: ...
 
+    def apart(self) -> list[nn.Module]:
+        """Parts of the core's blocks that the core calls by itself too, outside of their block."""
+        return []
+
 
 class Denoiser(nn.Module):
     """A network with its noise process and the kind of its prediction.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,20 @@ def _paths(folder: Path, number: int) -> tuple[Path, Path]:
 def finished(folder: Path, number: int) -> bool:
     """Whether that shard was written to its end, and is as long as it was."""
     tar, index = _paths(folder, number)
-    return tar.is_file() and index.is_file() and tar.stat().st_size == json.loads(index.read_text())["bytes"]
+    return tar.is_file() and tar.stat().st_size == _index(index).get("bytes")
+
+
+def made_of(folder: Path, number: int) -> str:
+    """The digest that a shard's writer was given; empty for none."""
+    return _index(_paths(folder, number)[1]).get("source", "")
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """Empty where it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @dataclass
@@ -35,6 +49,8 @@ class ShardWriter:
     """A shard in the making."""
 
     tar: tarfile.TarFile
+    source: str = ""
+    """Digest of what its samples were made of."""
     places: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
 
     def add(self, index: int, files: dict[str, bytes]) -> None:
@@ -56,7 +72,7 @@ def write_shard(folder: Path, number: int) -> Iterator[ShardWriter]:
             writer = ShardWriter(file)
             yield writer
         size = temporary.stat().st_size
-    replace_text(index, json.dumps({"bytes": size, "files": writer.places}) + "\n")
+    replace_text(index, json.dumps({"bytes": size, "source": writer.source, "files": writer.places}) + "\n")
 
 
 class Shards:

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -365,26 +365,103 @@ def test_samples_follow_the_newest_step_where_it_was_shown(tmp_path: Path):
 
     one, other = save_run(tmp_path / "one", 200), save_run(tmp_path / "other", 200)
     add(other, 900_000)
-    page = studio.build_app(Engine(Library([one, other])))
-    handlers = {call.name: call.fn for call in page.fns.values()}
-    seen: Any = next(block.value for block in page.blocks.values() if isinstance(block, gradio.State))
-
-    def shown(run: str, step: int | None, handler: str = "look") -> int:
-        nonlocal seen
-        *_, steps, _, _, _, seen = handlers[handler]([run], None, step, seen)
-        return steps["value"]
-
-    assert shown("one", None) == 200
-    assert shown("other", 200) == 900_000  # another run, though it has the step as well
-    assert shown("other", 200) == 200
+    shown = runs_tab(Engine(Library([one, other])))
+    assert shown("choose_runs", ["one"]).step == 200
+    assert shown("choose_runs", ["other"]).step == 900_000  # another run, though it has the step as well
+    assert shown("choose_step", 200).step == 200
     add(other, 1_000_000)
-    assert shown("other", 200, "again") == 200
-    assert shown("other", 900_000) == 900_000  # the second newest
+    assert shown("again").step == 200
+    assert shown("choose_step", 900_000).step == 900_000  # the second newest
     add(other, 1_000_100)
-    assert shown("other", 900_000, "again") == 900_000
-    assert shown("other", 1_000_100, "again") == 1_000_100
+    assert shown("again").step == 900_000
+    assert shown("choose_step", 1_000_100).step == 1_000_100
     add(other, 1_000_200)
-    assert shown("other", 1_000_100, "again") == 1_000_200
+    assert shown("choose_series", "critic_loss").step == 1_000_200  # whatever the page shows as yet
+    add(other, 1_000_300)
+    assert shown("again").step == 1_000_300 and shown("choose_runs", ["other", "one"]).step == 1_000_300
+
+
+class Shown(NamedTuple):
+    """What the Runs tab shows."""
+
+    runs: list[str]
+    series: str | None
+    curves: list[str]
+    drawing: str
+    step: int | None
+    report: str
+
+
+def runs_tab(engine: Engine) -> Callable[..., Shown]:
+    """Calls the handlers of a page's Runs tab as the page does: with what was chosen, and what the server keeps."""
+    page = studio.build_app(engine)
+    handlers = {call.name: call.fn for call in page.fns.values()}
+    kept: list[Any] = [block.value for block in page.blocks.values() if isinstance(block, gradio.State)]
+    view = [value for value in kept if type(value).__name__ == "View"]
+
+    def shown(handler: str, *chosen: Any) -> Shown:
+        runs, series, drawing, steps, _, report, _, view[0] = handlers[handler](*chosen, view[0])
+        return Shown(runs["value"], series["value"], series["choices"], drawing, steps["value"], report)
+
+    return shown
+
+
+def test_a_look_that_is_under_way_changes_nothing_that_was_chosen(tmp_path: Path):
+    """A curve is chosen while the timer's look, which left the page before, still waits: its answer keeps the curve."""
+    run = save_run(tmp_path / "one", 200)
+    shown = runs_tab(Engine(Library([run])))
+    assert shown("choose_runs", ["one"]).series == "critic_loss"
+    assert shown("choose_series", "matching").series == "matching"
+    (run / "samples" / "step-000300.png").write_bytes(b"")
+    found = shown("again")
+    assert (found.series, found.step, found.runs) == ("matching", 300, ["one"])
+
+
+def test_the_tab_opens_on_the_run_that_is_newest_then(tmp_path: Path):
+    old = save_run(tmp_path / "runs" / "old")
+    shown = runs_tab(Engine(Library([tmp_path / "runs"])))
+    assert shown("opened").runs == ["runs/old"]
+    later = old.stat().st_mtime + 100
+    new, empty = save_run(tmp_path / "runs" / "new"), tmp_path / "runs" / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("{}")
+    for number, path in enumerate([new / "metrics.jsonl", empty / "config.yaml"]):
+        os.utime(path, (later + number, later + number))
+    assert shown("opened").runs == ["runs/new"]
+    assert shown("choose_runs", ["runs/old"]).runs == shown("opened").runs == ["runs/old"]
+    assert shown("choose_runs", []).runs == shown("opened").runs == []
+
+
+def test_a_run_of_several_shows_the_curves_and_samples_of_its_parts(tmp_path: Path):
+    run = tmp_path / "runs" / "several"
+    for part in ("student-0/tsm", "student-0/dm", "student-1/tsm"):
+        save_run(run / part)
+    (run / "config.yaml").write_text("method: {kind: multi_student}\n")
+    (run / "student-1" / "tsm" / "samples" / "step-000009.png").write_bytes(b"")
+    later = run.stat().st_mtime + 100
+    os.utime(run / "student-1" / "tsm" / "metrics.jsonl", (later, later))
+    shown = runs_tab(Engine(Library([tmp_path / "runs"])))
+    found = shown("opened")
+    assert found.runs == ["runs/several"] and found.curves == ["critic_loss", "matching"] and found.step == 9
+    for part in ("student-0/tsm", "student-0/dm", "student-1/tsm"):
+        assert f"runs/several: {part}" in found.drawing
+    with (run / "student-0" / "dm" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "matching": 0.01, "new": 0.1}) + "\n")
+    assert "new" in shown("again").curves
+
+
+def test_a_scene_is_sent_to_its_own_judge(tmp_path: Path):
+    for name, text, judge in (
+        ("scene", "method: {kind: scene_distillation}", "python -m eval.scene"),
+        ("solids", "method: {kind: consistency}\ndata: {kind: solids}", "python -m eval.geneval"),
+        ("fashion", "method: {kind: f_distill}\ndata: {kind: fashion_mnist}", "python -m eval.fid"),
+        ("damaged", "method: [", "python -m eval.fid"),
+    ):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(text)
+        (run / "metrics.jsonl").write_text('{"step": 1, "matching": 1.0}\n')
+        assert judge in runs_tab(Engine(Library([run])))("opened").report
 
 
 # ------------------------------------------------------------------------------------------------------- models

@@ -22,7 +22,7 @@ from distill.data import (
     Subset,
     to_tensor,
 )
-from distill.run import build
+from distill.run import build, dry_run
 from distill.settings import Config
 from models.errors import UserError
 from tests.tiny import ROOT, save_network, save_pictures, save_sana, settings
@@ -237,6 +237,24 @@ def test_wrong_columns_are_named(tmp_path: Path):
     missing = Config.model_validate(settings(tmp_path, data={"kind": "hf_dataset", "path": str(tmp_path / "nowhere")}))
     with pytest.raises(UserError, match="cannot be loaded"):
         build_stream(missing, 0, 1)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_shards_that_are_missing_or_damaged_are_a_line(tmp_path: Path, streaming: bool):
+    """Where the library ends in an IndexError or reads whatever lies in the folder that it was started in."""
+    source = webdataset(tmp_path, streaming) | {"size": 16}
+    for name, content in (("empty", b""), ("cut", next((tmp_path / "shards").iterdir()).read_bytes()[:700])):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    for files, message in (
+        (str(tmp_path / "nowhere" / "*.tar"), "there is no file"),
+        (str(tmp_path / "shards" / "{000..002}.tar"), "there is no file"),
+        (None, "data.data_files: missing; webdataset reads files"),
+        (str(tmp_path / "empty.tar"), "empty file"),
+        (str(tmp_path / "cut.tar"), "unexpected end of data"),
+    ):
+        config = Config.model_validate(settings(tmp_path, data=source | {"data_files": files}))
+        with pytest.raises(UserError, match=message):
+            dry_run(config)
 
 
 def test_the_solids_world_is_the_same_from_other_processes_and_from_memory():

@@ -21,7 +21,7 @@ from eval.reference import Reference, load_reference
 from models.condition import Condition
 from models.errors import UserError
 from models.student import OneStepStudent
-from models.teachers import embedded
+from models.teachers import PRETRAINED, embedded
 from tests.tiny import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -363,3 +363,21 @@ def test_report_without_teacher_curve_or_pictures(run: Path, tmp_path: Path):
     checker = Checker()
     checker.feed(page)
     assert not checker.open and "<svg" not in page and "<img" not in page
+
+
+def test_scores_of_embedded_teachers_go_to_a_folder_of_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The project's own files are read, never written."""
+    monkeypatch.chdir(tmp_path)
+    folder = PRETRAINED / "fashion_mnist"
+    before, known = (folder / "scores.json").read_bytes(), json.loads((folder / "scores.json").read_text())
+    sampler = Sampler("a sampler", 1, lambda z, cond, noise: z)
+    value = fid.Score(**next(iter(known.values())))
+    cache = fid.TeacherScores(folder, "weights")
+    cache.put(sampler, "digest", value)
+    assert cache.get(sampler, "digest") == value and (folder / "scores.json").read_bytes() == before
+    kept = tmp_path / "report" / "fashion_mnist" / "scores.json"
+    assert list(json.loads(kept.read_text())) == ["digest weights a sampler"]
+    assert cache.source(sampler, "digest").resolve() == kept.resolve()
+    digest, weights, name = next(iter(known)).split(" ", 2)
+    shipped = fid.TeacherScores(folder, weights).get(Sampler(name, 1, lambda z, cond, noise: z), digest)
+    assert shipped == value

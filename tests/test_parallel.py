@@ -20,7 +20,7 @@ from models import autoencoder
 from models.errors import UserError
 from models.teachers import load
 from tests import families, tiny
-from tests.test_families import consistency, f_distill, values
+from tests.test_families import class_values, consistency, f_distill, values
 
 FAMILY = "stable_diffusion_3"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -64,6 +64,17 @@ METHODS = {
 }
 
 
+DIT = ("dit_lora", "dit_full")
+
+
+def dit(base: Path, output: str) -> dict[str, Any]:
+    """Two steps of a network whose last layer asks a part of its first block again."""
+    made = class_values(base, base / "dit", output, "lora" in output, 2.0)
+    made["student"]["eps"] = 1e-3
+    made["train"] |= {"steps": 2, "checkpoint_every": 2}
+    return made
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs over two processes: each method for two steps under FSDP2, an embedded U-Net and an autoencoder for one, and
@@ -77,6 +88,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs["unet"] = tiny.settings(base / "own", "unet", **short)
     runs["autoencoder"] = tiny.settings(base / "own", "autoencoder", **short, **AUTOENCODER)
     runs["ddp"] = settings(base, "ddp", *METHODS["f_distill_lora"])
+    families.save(base / "dit", "dit")
+    runs |= {name: dit(base, name) for name in DIT}
+    for name in DIT:
+        runs[name]["train"]["parallel"] = "fsdp2"
     for name, made in runs.items():
         (base / f"{name}.yaml").write_text(yaml.safe_dump(made))
     (base / "worker.py").write_text(WORKER)
@@ -111,6 +126,71 @@ def test_students_of_the_projects_own_networks_are_exported_whole(two: Path) -> 
     assert train(check(tiny.settings(two / "own", "one", train__steps=1), "test")) == 0
     one, other = ([*load(two / "own" / name / "student")[0].parameters()] for name in ("one", "unet"))
     assert all(torch.allclose(first, second, atol=1e-6) for first, second in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", DIT)
+def test_dit_is_divided_too(name: str, two: Path) -> None:
+    assert train(check(dit(two, f"{name}-one"), "test")) == 0
+    one, other = lines(two / f"{name}-one"), lines(two / name)
+    assert len(one) == len(other) == 2
+    for expected, found in zip(one, other, strict=True):  # one step from noise is 160 times the network's rounding
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    load(two / name / "student")
+
+
+FROZEN_FIRST = """
+import copy, sys
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from models.condition import Condition
+from models.denoiser import CoreNetwork
+from distill import parallel
+
+class Network(CoreNetwork):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
+    @property
+    def core(self):
+        return self.inner
+    def forward(self, x, t, cond):
+        return self.inner(x)
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+torch.manual_seed(0)
+plain = Network()
+divided = copy.deepcopy(plain)
+parallel.shard([divided], SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+x = torch.randn(16, 4)
+grads = []
+for network in (plain, divided):
+    with torch.autocast("cpu", torch.bfloat16):
+        network.requires_grad_(False)
+        frozen = network(x, None, Condition())  # a critic in the student's turn
+        with torch.no_grad():
+            network.requires_grad_(True)(x, None, Condition())  # a student's earlier step
+    assert not frozen.requires_grad
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                network(x, None, Condition())
+            loss = network(x, None, Condition()).float().square().mean()
+        loss.backward()
+    found = [p.grad.full_tensor() if network is divided else p.grad for p in network.parameters()]
+    assert all(p.dtype == torch.float32 for p in network.parameters()) and all(g.dtype == torch.float32 for g in found)
+    assert all(float(g.abs().max()) > 0 for g in found)
+    grads.append(found)
+for first, second in zip(*grads, strict=True):
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+def test_a_network_that_is_first_run_frozen_trains_in_float32(tmp_path: Path) -> None:
+    """Under bf16, divided or whole: neither the frozen run nor one without gradients decides what later ones keep."""
+    line = [sys.executable, "-c", FROZEN_FIRST, str(tmp_path / "store")]
+    done = subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_ddp_with_lora_equals_one_process(two: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import nn
@@ -420,6 +423,115 @@ def test_what_cannot_be_computed_is_one_line(base: Path, tmp_path: Path):
     pretrain["method"] = {"kind": "pretrain", "channels": [8, 16]}
     del pretrain["teacher"]
     assert "learns from pictures, not from their latents" in error(pretrain)
+
+
+# ---------------------------------------------------------------------------------------------- what it was made of
+
+
+def edit(folder: Path, times: tuple[int, int] | None = None) -> None:
+    """Other pixels in one picture, in as many bytes."""
+    path = sorted(folder.rglob("*.png"))[0]
+    status, size = path.stat(), Image.open(path).size
+    for shade in range(100, 255):
+        Image.new("RGB", size, (shade, 255 - shade, 7)).save(path)
+        if path.stat().st_size == status.st_size:
+            break
+    if times is not None:
+        os.utime(path, ns=times)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> dict[str, Any]:
+    """A run on two folders of flat pictures, whose latents are made."""
+    config = settings(tmp_path)
+    for i, path in enumerate(sorted((tmp_path / "pictures").rglob("*.png"))):
+        Image.new("RGB", (16, 16), (9 * i, 255 - 9 * i, 7)).save(path)
+    make(tmp_path, config, "latents")
+    return config
+
+
+def test_pictures_that_have_changed_are_not_taken_for_those_that_were_encoded(tmp_path: Path, classes: dict[str, Any]):
+    make(tmp_path, classes, "latents")
+    edit(tmp_path / "pictures")
+    with pytest.raises(UserError, match="made of other pictures or captions, in 1 of 8 shards: choose another folder"):
+        make(tmp_path, classes, "latents")
+    (tmp_path / "latents" / "shard-00000.tar").unlink()  # the rest goes on
+    make(tmp_path, classes, "latents")
+
+
+def test_pictures_that_were_only_written_again_are_compared_and_kept(tmp_path: Path, classes: dict[str, Any]):
+    before = digests(tmp_path / "latents")
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        os.utime(path, (1, 1))
+    make(tmp_path, classes, "latents")
+    after = digests(tmp_path / "latents")
+    assert before.pop("stored.json") != after.pop("stored.json") and before == after
+    data = precomputed(tmp_path)
+    build_stream(Config.model_validate(classes | {"data": data}), 0, 1)
+
+
+def test_verify_reads_everything(tmp_path: Path, classes: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    """Also where names, sizes and times are the same."""
+    path = sorted((tmp_path / "pictures").rglob("*.png"))[0]
+    status = path.stat()
+    make(tmp_path, classes, "latents", verify=True)
+    edit(tmp_path / "pictures", (status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    make(tmp_path, classes, "latents")
+    with pytest.raises(UserError, match="in 1 of 8 shards"):
+        make(tmp_path, classes, "latents", verify=True)
+
+
+def test_latents_whose_pictures_have_changed_are_not_trained_on(
+    tmp_path: Path, classes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    config = Config.model_validate(classes | {"data": precomputed(tmp_path)})
+    build_stream(config, 0, 1)
+    assert "written again" not in capsys.readouterr().err
+    edit(tmp_path / "pictures")
+    build_stream(config, 0, 1)
+    assert "was written again since, in the same sizes: `python -m distill.precompute --verify`" in (
+        capsys.readouterr().err
+    )
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(sorted((tmp_path / "pictures").rglob("*.png"))[0])
+    with pytest.raises(UserError, match="whose files or captions have changed since: encode them again"):
+        build_stream(config, 0, 1)
+    shutil.rmtree(tmp_path / "pictures")  # gone, as on another machine
+    build_stream(config, 0, 1)
+
+
+def test_captions_that_have_changed_are_noticed(base: Path, tmp_path: Path):
+    """In as many letters; both those of pictures and those of a file of prompts."""
+    config = configuration(tmp_path, teacher=configuration(base)["teacher"])
+    make(tmp_path, config, "latents")
+    table = tmp_path / "pictures" / "metadata.csv"
+    table.write_text(table.read_text().replace("sphere", "circle"))
+    with pytest.raises(UserError, match="made of other pictures or captions, in 3 of 3 shards"):
+        make(tmp_path, config, "latents")
+    with pytest.raises(UserError, match="whose files or captions have changed"):
+        build_stream(check(config | {"data": precomputed(tmp_path)}, "test"), 0, 1)
+    (tmp_path / "prompts.txt").write_text("a cone\na cube\n")
+    alone = prompts_alone(tmp_path, base / "teacher")
+    make(tmp_path, alone, "texts")
+    (tmp_path / "prompts.txt").write_text("a cone\na ball\n")
+    with pytest.raises(UserError, match="made of other pictures or captions, in 1 of 1 shards"):
+        make(tmp_path, alone, "texts")
+
+
+def test_latents_without_a_digest_are_kept_with_a_line(
+    tmp_path: Path, classes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    """Those of earlier versions."""
+    facts = json.loads((tmp_path / "latents" / "stored.json").read_text())
+    del facts["source"]
+    (tmp_path / "latents" / "stored.json").write_text(json.dumps(facts))
+    for path in (tmp_path / "latents").glob("shard-*.json"):
+        index = json.loads(path.read_text())
+        del index["source"]
+        path.write_text(json.dumps(index))
+    build_stream(Config.model_validate(classes | {"data": precomputed(tmp_path)}), 0, 1)
+    make(tmp_path, classes, "latents")
+    assert "8 shards do not tell what they were made of: not compared" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- a new teacher

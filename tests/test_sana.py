@@ -18,7 +18,7 @@ import yaml
 from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline
 from diffusers.schedulers import scheduling_scm
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill import embed
 from distill.build import build_method, build_stream
@@ -322,6 +322,16 @@ def test_a_run_becomes_an_embedded_model(student: Path, tmp_path: Path, monkeypa
     assert (before.int() - after.int()).abs().max() <= 2
     SanaSprintPipeline.from_pretrained(shipped)
     assert not any(str(tmp_path.parent) in file.read_text() for file in shipped.rglob("*.json"))
+    embed.main(embed.Options(tmp_path / "run", "twin"))
+    twin = tmp_path / "pretrained" / "twin"
+    assert all((twin / part).is_symlink() for part in (weights, "vae/diffusion_pytorch_model.safetensors"))
+    assert torch.equal(painter(twin, 1)(PROMPTS, [0, 1]), after)
+    for value in (vae := load_file(student / "vae/diffusion_pytorch_model.safetensors")).values():
+        value.zero_()
+    save_file(vae, tmp_path / "run/student/vae/diffusion_pytorch_model.safetensors")
+    embed.main(embed.Options(tmp_path / "run", "small"))  # the twin keeps what it shared
+    assert torch.equal(painter(twin, 1)(PROMPTS, [0, 1]), after)
+    assert not torch.equal(painter(shipped, 1)(PROMPTS, [0, 1]), after) and (shipped / weights).is_symlink()
     with pytest.raises(UserError, match="no exported network"):
         embed.main(embed.Options(tmp_path, "small"))
     with pytest.raises(UserError, match="letters, digits"):

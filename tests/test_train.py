@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
+from distill import train as entry
+from distill.methods.distribution_matching import DistributionMatching
 from distill.metrics import Metrics
 from distill.run import build
 from distill.run import train as run_training
@@ -277,6 +279,30 @@ def test_nonfinite_steps_are_skipped_counted_and_end_the_run(tmp_path: Path):
     kept = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     weights = load_file(tmp_path / "run" / "checkpoints" / f"step-{kept[-1]}" / "student" / "model.safetensors")
     assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+@pytest.mark.parametrize(("skipped", "status"), [(6, 2), (4, 2), (3, 0)])
+def test_a_run_that_skipped_most_of_its_steps_makes_no_student(
+    skipped: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Of six steps; the same command says it again. A run that skipped half of them is exported."""
+    loss = DistributionMatching.student_loss
+
+    def poisoned(self: DistributionMatching, turn: Any) -> Any:
+        value, logs = loss(self, turn)
+        calls.append(turn)
+        return value * (float("nan") if len(calls) <= skipped else 1.0), logs
+
+    calls: list[Any] = []
+    monkeypatch.setattr(DistributionMatching, "student_loss", poisoned)
+    path = write_settings(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
+    assert entry.main() == status
+    assert (tmp_path / "run" / "student").exists() == (status == 0)
+    said = capsys.readouterr().err.splitlines()[-1]
+    if status:
+        assert said.startswith(f"error: {skipped} of 6 steps were skipped") and "no student is exported" in said
+        assert entry.main() == 2 and len(calls) == 6 and not (tmp_path / "run" / "student").exists()
 
 
 def test_optimizers_that_read_no_flag_skip_a_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

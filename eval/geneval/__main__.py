@@ -6,7 +6,8 @@
 
 The first scores on the solids world, whose pictures are known to the last pixel: prompts in GenEval's six forms, some
 of them never trained on; the detector's own accuracy on true renders is the score's ceiling, and the Fréchet distance
-of as many true renders its floor; both are measured beside. With --detector it is GenEval itself on photographs: the
+of as many true renders its floor; both are measured beside. A second detector judges too, once `python -m
+distill.detector --second` has made it. With --detector it is GenEval itself on photographs: the
 553 published prompts, Mask2Former (`python -m eval.geneval.mask2former` converts mmdet's checkpoint), CLIP's colours.
 Folders of pictures are judged one by one and resumed; `torchrun` or `accelerate launch` splits them over processes.
 """
@@ -25,19 +26,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval import report as reports
-from eval.features import extract
+from eval.features import extract, file_digest
 from eval.frechet import frechet_distance
 from eval.geneval import coco, folder, judge
 from eval.geneval.coco_judge import CocoJudge
 from eval.geneval.folder import Paints, scores, standard_error
 from eval.geneval.prompts import HELD_OUT, true_renders
-from eval.geneval.solids import OPTIONS, SolidsDetector, SolidsFeatures, colour_of
+from eval.geneval.solids import OPTIONS, SECOND, SolidsDetector, SolidsFeatures, colour_of
 from eval.machine import environment, home_of, place_of, refuse_unread, share
 from eval.reference import load_reference
 from eval.sheet import sheet
 from eval.text_to_image import Painter, painter
 from models.errors import UserError, run_command
 from models.folders import replace_text
+from models.pictures import raw
 from models.scene.captions import EVALUATION, TASKS, Metadata, held_out, prompts
 
 
@@ -177,7 +179,8 @@ def evaluate(options: Options, paints: Mapping[str, Painter], place: torch.devic
             f"--num-images: {options.num_images} is too few: give at least one for each of {len(TASKS)} tasks"
         )
     asked = prompts(EVALUATION, options.num_images)
-    by = SolidsDetector(device=place), SolidsFeatures(device=place), SolidsDetector(device=place, second=True)
+    second = SolidsDetector(device=place, second=True) if SECOND.is_file() else None
+    by = SolidsDetector(device=place), SolidsFeatures(device=place), second
     size = max(paint.spec.picture[1] for paint in paints.values())
     first = lambda names, seeds: true_renders(asked[seeds[0] : seeds[0] + len(seeds)], HELD_OUT + seeds[0], size)
     results = [judge_pictures("true renders", batches(first, asked, 0, options.batch, "true renders"), *by)]
@@ -241,7 +244,7 @@ def judge_folders(options: Options, output: Path) -> None:
     report |= {"environment": environment(place)}
     write(report, output)
     name = list(folders)[-1]
-    wrong = reports.failures([known[p.name] for p in every], lambda index: Image.open(every[index].path))
+    wrong = reports.failures([known[p.name] for p in every], lambda index: raw(every[index].path))
     page = reports.write_geneval(report, output, name, wrong, [])
     print(f"{by.name}\n{as_text(found)}\nby picture, with reasons: {output}\nreport: {page}")
 
@@ -289,7 +292,7 @@ def main(options: Options) -> None:
             "prompts": f"captions.prompts({EVALUATION}, {options.num_images})",
             "seeds": f"{options.seed} .. {options.seed + options.num_images - 1}",
             "detector_sha256": SolidsDetector().sha256,
-            "second_detector_sha256": SolidsDetector(second=True).sha256,
+            "second_detector_sha256": file_digest(SECOND) if SECOND.is_file() else None,
             "guidance": {name: paint.guidance for name, paint in paints.items()},
             "reference_sha256": load_reference("fd_solids").sha256,
         },

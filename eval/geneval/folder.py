@@ -150,7 +150,7 @@ def read_records(output: Path) -> dict[str, dict[str, Any]]:
     """Verdicts so far, by picture; a line that a crash cut off is left out."""
     records: dict[str, dict[str, Any]] = {}
     for file in sorted(output.glob("results-*.jsonl")):
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
                 records[record["picture"]] = record

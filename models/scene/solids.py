@@ -271,9 +271,10 @@ def sample_scene(
     """
     if metadata is None:
         rng = random.Random(mix(seed, 0))
-        metadata = draw(rng, tasks and pick(rng, tasks))
+        drawn = lambda: draw(rng, pick(rng, tasks) if tasks else None)
+        metadata = drawn()
         while metadata["prompt"] in exclude:
-            metadata = draw(rng, tasks and pick(rng, tasks))
+            metadata = drawn()
     rng = random.Random(mix(seed, 1))
     uniform = lambda low, high: low + (high - low) * rng.random()
     camera = Camera(uniform(-10, 10), uniform(15, 28), uniform(3.9, 4.2))

@@ -4,6 +4,7 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from huggingface_hub import hf_hub_download
@@ -69,15 +70,8 @@ def load_class_conditional(path: str | Path) -> tuple[Denoiser, ClassSpec]:
     return denoiser, spec
 
 
-def load(
-    path: str | Path, size: int | None = None, tokens: int | None = None, config: str | Path | None = None
-) -> tuple[Denoiser, ClassSpec | TextSpec]:
-    """The denoiser at ``path`` in float32, and what its folder says of it. UserError if there is none.
-
-    ``path`` is a folder, an embedded teacher, a hub id, or a single .safetensors file of the network with ``config``,
-    the pipeline folder (or hub id) that has everything else. ``size`` (pixels) and ``tokens`` of a prompt are a
-    diffusers family's own unless told otherwise.
-    """
+def _parts(path: str | Path, config: str | Path | None) -> tuple[Path, Path | None]:
+    """The pipeline folder, and the file of the network where that is one by itself."""
     weights = None
     if str(path).endswith((".pkl", ".ckpt", ".pt", ".pth", ".bin")):
         raise UserError(f"teacher {path}: a pickle; convert EDM's: python -m models.teachers.edm {path} FOLDER")
@@ -90,8 +84,45 @@ def load(
     folder = resolve(path)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"teacher {path}: {folder} has no model_index.json; give a pipeline folder of diffusers")
+    return folder, weights
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """A stock pipeline's name, or a list for a pipeline of its own."""
+    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+
+
+def class_names(path: str | Path, config: str | Path | None = None) -> list[str] | None:
+    """The class names that :func:`load` would give, without loading a network; None for a teacher of prompts."""
+    folder, _ = _parts(path, config)
     try:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        name = _pipeline_class(folder)
+        if isinstance(name, list):
+            return embedded.read_spec(folder).class_names
+        if name in ("SanaPipeline", "SanaSprintPipeline"):
+            return None
+        family = _family(name)
+        return class_pipeline.names(folder, family) if issubclass(family, ClassNetwork) else None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, folder, error) from error
+
+
+def _unreadable(path: str | Path, folder: Path, error: Exception) -> UserError:
+    return UserError(f"teacher {path}: {folder} cannot be read: {' '.join(str(error).split())[:200]}")
+
+
+def load(
+    path: str | Path, size: int | None = None, tokens: int | None = None, config: str | Path | None = None
+) -> tuple[Denoiser, ClassSpec | TextSpec]:
+    """The denoiser at ``path`` in float32, and what its folder says of it. UserError if there is none.
+
+    ``path`` is a folder, an embedded teacher, a hub id, or a single .safetensors file of the network with ``config``,
+    the pipeline folder (or hub id) that has everything else. ``size`` (pixels) and ``tokens`` of a prompt are a
+    diffusers family's own unless told otherwise.
+    """
+    folder, weights = _parts(path, config)
+    try:
+        name = _pipeline_class(folder)
         if name in ("SanaPipeline", "SanaSprintPipeline"):
             return sana.load(folder, weights)
         if isinstance(name, list):  # a pipeline of its own
@@ -103,8 +134,7 @@ def load(
             return class_pipeline.load(folder, kind, family, size, weights)
         return pipeline.load(folder, kind, family, size, tokens, weights)
     except (OSError, KeyError, TypeError, ValueError, json.JSONDecodeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher {path}: {folder} cannot be read: {reason}") from error
+        raise _unreadable(path, folder, error) from error
 
 
 def _family(name: str) -> type[PipelineNetwork] | type[ClassNetwork]:

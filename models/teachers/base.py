@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -82,11 +82,49 @@ class Texts:
         return self.get([self.number[prompt] for prompt in prompts])
 
 
-def later_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
+class StepTimes(Sequence[float]):
+    """Step times of a student of 1 to ``len`` steps: ``times[:n]`` are those of n steps, falling, ``times[0]`` the
+    first of any number.
+
+    Stock schedulers spread the steps of each number anew: the times of n steps need not begin those of n + 1. ``rows``
+    has the times of one step, of two, and so on.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[float]]):
+        self.rows = tuple(tuple(map(float, row)) for row in rows)
+        if not self.rows or [len(row) for row in self.rows] != list(range(1, len(self.rows) + 1)):
+            raise ValueError(f"step times of 1, 2, ... steps, not {self.rows}")
+
+    @classmethod
+    def read(cls, times: Sequence[float] | Sequence[Sequence[float]]) -> "StepTimes":
+        """As studio.json has them: rows, or one row whose first n are those of n steps."""
+        if isinstance(times[0], Sequence):
+            return cls(times)  # type: ignore[arg-type]
+        return cls([times[:count] for count in range(1, len(times) + 1)])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
+        if isinstance(index, int):
+            return self.rows[-1][index]
+        if index.start is not None or index.step is not None:
+            raise ValueError("times[:n] alone: the times of n steps")
+        count = len(range(*index.indices(len(self))))
+        return self.rows[count - 1] if count else ()
+
+
+def later_times(times: Sequence[float], steps: int) -> tuple[float, ...]:
     """The second to last of ``steps`` step times; UserError if there are fewer."""
     if steps > len(times):
         raise UserError(f"method.student_steps: {steps}, but this student has times for {len(times)}")
-    return times[1:steps]
+    return tuple(times[:steps])[1:]
 
 
 class NetworkSpec(ABC):
@@ -171,20 +209,23 @@ class TextSpec(NetworkSpec):
     """Of a network that is asked for prompts.
 
     shape:       (C, H, W) of the latents
-    times:       a student's step times in its own process, falling; n steps use the first n of them. None for a teacher
+    times:       a student's step times in its own process: ``times[:n]``, falling, are those of n steps. None for a
+                 teacher
     guidance:    scale that a student is asked for unless told otherwise
     examples:    prompts of sample grids
     control:     (n, 1, H, W) lines of the examples, for a network with a control branch
     guidable:    whether there is an unconditional answer, hence classifier-free guidance
+    unguided:    by which fact there is none
     tellable:    whether a student of it can be told a guidance scale
     texts:       the prompts that it still knows when its text encoders are gone; None: they are there
     """
 
-    times: tuple[float, ...] | None
+    times: Sequence[float] | None
     guidance: float
     examples: tuple[str, ...]
     control: Tensor | None = None
     guidable: bool = True
+    unguided: str = ""
     tellable: bool = False
     texts: Texts | None = None
 

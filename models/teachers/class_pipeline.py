@@ -5,6 +5,7 @@ A family (models/teachers/{dit,ddpm}.py) says how its network is called; see mod
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from models.condition import Condition
-from models.denoiser import Denoiser
+from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.process import Process
-from models.teachers.base import ClassSpec, later_times
-from models.teachers.pipeline import Stock, opened, process_of, scheduler_config
+from models.teachers.base import ClassSpec, StepTimes, later_times
+from models.teachers.files import opened
+from models.teachers.latents import checked
+from models.teachers.pipeline import Stock
+from models.teachers.schedule import process_of, scheduler_config
 
 
-class ClassNetwork(nn.Module):
+class ClassNetwork(CoreNetwork):
     """A pipeline's network as ``network(x, t, cond)``, with t the index of its discrete process."""
 
     part: ClassVar[Literal["unet", "transformer"]]
@@ -34,8 +38,13 @@ class ClassNetwork(nn.Module):
         return self._modules[self.part]
 
     @property
+    def num_classes(self) -> int:
+        return self.count(self.core.config)
+
+    @staticmethod
     @abstractmethod
-    def num_classes(self) -> int: ...
+    def count(config: Mapping[str, Any]) -> int:
+        """Classes of a network of this configuration."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -60,12 +69,21 @@ class ClassPipelineSpec(Stock, ClassSpec):
     process: Process
     num_classes: int
     class_names: list[str] = field(repr=False)
-    times: tuple[float, ...] | None = None
+    times: StepTimes | None = None
+    scheduler: Any = field(default=None, repr=False)
     offload: bool = False
 
     @property
     def part(self) -> str:
         return self.family.part
+
+    @property
+    def scaling(self) -> tuple[str, ...]:
+        return ("scaling_factor",)
+
+    @property
+    def given(self) -> bool:
+        return True
 
     @property
     def summary(self) -> str:
@@ -107,6 +125,11 @@ def _names(folder: Path, count: int) -> list[str]:
     return ["all"] if count == 1 else [labels.get(str(i), str(i)).split(",")[0].strip() for i in range(count)]
 
 
+def names(folder: Path, family: type[ClassNetwork]) -> list[str]:
+    """Of the classes of the pipeline in ``folder``, without its network."""
+    return _names(folder, family.count(json.loads((folder / family.part / "config.json").read_text())))
+
+
 def load(
     folder: Path, pipeline: Any, family: type[ClassNetwork], size: int | None = None, weights: Path | None = None
 ) -> tuple[Denoiser, ClassPipelineSpec]:
@@ -130,8 +153,15 @@ def load(
         process,
         network.num_classes,
         _names(folder, network.num_classes),
-        tuple(own["times"]) if own.get("times") else None,
+        StepTimes.read(own["times"]) if own.get("times") else None,
+        pipe.scheduler if own.get("times") else None,
     )
+    latents = None if spec.latents is None else checked(spec.latents.vae, spec.scaling, pipeline.__name__)
+    if latents is not None and latents.channels != spec.shape[0]:
+        raise UserError(
+            f"teacher: {folder}: in_channels {spec.shape[0]} of the network, but its autoencoder's latents have "
+            f"{latents.channels}: one of them is another checkpoint's"
+        )
     if size is not None and (size, size) != spec.picture[1:]:
         raise UserError(f"teacher.size: {size}, but {folder} makes pictures of {spec.picture[1]} x {spec.picture[2]}")
     return Denoiser(network.requires_grad_(True), process, prediction, sigma_data=1.0).eval(), spec

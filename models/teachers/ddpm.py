@@ -1,5 +1,6 @@
 """Unconditional DDPMs (arXiv 2006.11239) in pixels: a UNet2DModel that predicts noise. Its only class is "all"."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ class DDPM(ClassNetwork):
         if self.core.config["num_class_embeds"] or self.core.config["class_embed_type"]:
             raise UserError("teacher: its U-Net takes classes, which DDPMPipeline does not give it")
 
-    @property
-    def num_classes(self) -> int:
+    @staticmethod
+    def count(config: Mapping[str, Any]) -> int:
         return 1
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:

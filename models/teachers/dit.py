@@ -1,5 +1,6 @@
 """DiT (arXiv 2212.09748): a transformer on classes that predicts noise in latents."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,9 +22,13 @@ class DiT(ClassNetwork):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0  # a student or critic must be answered for the class it was asked for
 
-    @property
-    def num_classes(self) -> int:
-        return self.core.config["num_embeds_ada_norm"]
+    @staticmethod
+    def count(config: Mapping[str, Any]) -> int:
+        return config["num_embeds_ada_norm"]
+
+    def apart(self) -> list[nn.Module]:
+        """The embedding of time and class in its first block, which its last layer asks again."""
+        return [self.core.transformer_blocks[0].norm1.emb]
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.class_ids is None:

@@ -24,6 +24,7 @@ from models.denoiser import CoreNetwork, Denoiser
 from models.folders import replace_folder
 from models.pipelines import class_conditional
 from models.process import EDM, Process
+from models.teachers import keys
 from models.teachers.base import ClassSpec
 from models.teachers.edm2_networks import EDM2UNet
 from models.teachers.edm_networks import DhariwalUNet, SongUNet
@@ -199,6 +200,11 @@ def _unet_class(name: str) -> type[ModelMixin]:
 def load(folder: Path) -> tuple[Denoiser, Spec]:
     """The denoiser in ``folder``, in float32 and evaluation mode. Code in the folder is not run."""
     spec, kind = read_spec(folder), _unet_class(_index(folder)["unet"][1])
-    unet = kind.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+    place = folder / "unet"
+    keys.check_model(keys.config_of(folder, "unet"), kind, place / "config.json")
+    keys.name_others(folder / "model_index.json", _index(folder), {"unet", *Spec.__dataclass_fields__})
+    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "output_loading_info": True}
+    unet, info = cast(Any, kind).from_pretrained(place, **options)
+    keys.check_weights(info, place)
     network = PatchUNet(unet, spec.patch, spec.num_classes)
     return Denoiser(network, EDM(), "edm", spec.sigma_data).eval(), spec

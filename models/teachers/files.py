@@ -1,4 +1,4 @@
-"""Pipeline folders and single files on disk: safetensors alone, nothing from a network."""
+"""Pipeline folders on disk: safetensors alone, nothing from a network."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders import FromOriginalModelMixin
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors.torch import load_file
+import transformers
+from diffusers import ModelMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from models.errors import UserError
+from models.teachers import keys
+from models.teachers.single_file import SingleFile
 
 FROM_FILES: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
 
@@ -19,15 +21,25 @@ FROM_FILES: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.floa
 def opened(folder: Path, pipeline: Any, part: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline in ``folder``, frozen, in float32 and evaluation mode, and what studio.json says of it.
 
-    ``weights`` is a single file of the network ``part``, which the folder gives all the rest to.
+    ``weights`` is a single file of the network ``part``, which the folder gives all the rest to that it does not hold.
+    UserError if a part lacks weights, or says what nobody reads and would change the answers.
     """
     index = json.loads((folder / "model_index.json").read_text())
+    keys.check_index(index, pipeline, folder)
     more = dict(FROM_FILES)
     if "safety_checker" in index:
         more |= {"safety_checker": None, "requires_safety_checker": False}
-    if weights is not None:
-        more[part] = single_file(weights, folder, part)
+    single = None if weights is None else SingleFile(weights, folder)
+    for name, value in index.items():
+        if isinstance(value, list) and name not in more and value[0] is not None:
+            loaded = None if single is None else single.part(name, model_class(value), required=name == part)
+            loaded = loaded or read_part(folder, name, value)
+            more |= {} if loaded is None else {name: loaded}
     pipe: Any = pipeline.from_pretrained(folder, **more)
+    if single is not None:
+        pipe.register_modules(scheduler=single.scheduler(pipe.scheduler))
+        single.name_rest()
+    keys.check_scheduler(dict(pipe.scheduler.config), folder / "scheduler/scheduler_config.json")
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
@@ -35,24 +47,27 @@ def opened(folder: Path, pipeline: Any, part: str, weights: Path | None = None) 
     return pipe, json.loads(studio.read_text()) if studio.is_file() else {}
 
 
-def single_file(weights: Path, folder: Path, part: str) -> Any:
-    """The network in a .safetensors file, in diffusers' or in the original keys, built as ``folder/part`` says.
+def model_class(value: list[str]) -> type[nn.Module] | None:
+    """The class of a part of model_index.json that has weights: of diffusers or transformers."""
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(value[0]), value[1], None)
+    return kind if isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel) else None
 
-    UserError if diffusers does not know its class's original keys, or if the file is of another network.
-    """
-    if not weights.is_file():
-        raise UserError(f"teacher.path: there is no file {weights}")
-    name = json.loads((folder / part / "config.json").read_text())["_class_name"]
-    kind = getattr(diffusers, name)
-    network, state = kind.from_config(kind.load_config(folder / part)), load_file(weights)
-    if state.keys() == network.state_dict().keys():
-        network.load_state_dict({key: value.float() for key, value in state.items()})
-        return network
-    if not issubclass(kind, FromOriginalModelMixin):
-        raise UserError(f"teacher.path: {weights} has other keys than {name}, whose original ones are not known")
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True}
+
+def read_part(folder: Path, name: str, value: list[str]) -> Any:
+    """One with weights, which are all there; None for another."""
+    kind: Any = model_class(value)
+    if kind is None or name == "image_encoder":
+        return None
+    where = folder / name
+    own = issubclass(kind, ModelMixin)
+    config = keys.config_of(folder, name)
+    keys.check_whole(config, where / "config.json")
+    if own:
+        keys.check_model(config, kind, where / "config.json")
+    options = FROM_FILES if own else {"dtype" if k == "torch_dtype" else k: v for k, v in FROM_FILES.items()}
     try:
-        return kind.from_single_file(str(weights), config=str(folder), subfolder=part, **options)
-    except (SingleFileComponentError, KeyError, IndexError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher.path: {weights} is no {name} of {folder}/{part}: {reason}") from error
+        loaded, info = kind.from_pretrained(where, output_loading_info=True, **options)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"teacher: {where} is no {value[1]}: {' '.join(str(error).split())[:200]}") from error
+    keys.check_weights(info, where)
+    return loaded

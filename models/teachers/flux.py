@@ -16,6 +16,8 @@ class Flux(PipelineNetwork):
 
     length = 512
     null_prompt = None
+    packed: ClassVar[int] = 4
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 3.5}
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -30,7 +32,7 @@ class Flux(PipelineNetwork):
             timestep=t,
             img_ids=places,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            guidance=self.scale(x, cond),
+            guidance=self.embedded(x, cond),
             return_dict=False,
         )[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)

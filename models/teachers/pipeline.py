@@ -5,7 +5,6 @@ how its prompts are encoded. Schedule, kind of prediction, latent scaling and si
 """
 
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor, nn
 
 from models.adapters import merged, save_lora
@@ -21,25 +19,23 @@ from models.condition import Condition
 from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.folders import replace_folder
-from models.parameterization import Prediction
-from models.process import DiscreteVP, Process, RectifiedFlow
-from models.teachers.base import EXAMPLE, Texts, TextSpec
+from models.process import Process
+from models.teachers import distilled, keys
+from models.teachers.base import EXAMPLE, StepTimes, Texts, TextSpec
 from models.teachers.files import FROM_FILES, opened
+from models.teachers.latents import Latents, checked
+from models.teachers.schedule import process_of, scheduler_config, step_times, student_scheduler
 from models.trigflow import TrigFlowView
 
 SIDE = 1024
 """Of the pictures of a transformer whose config names none."""
-MOST_STEPS = 4
-"""A student's steps are 1 to this many."""
-DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm")
-"""Words in the name of a checkpoint that needs no guidance and knows none."""
 
 
 class PipelineNetwork(CoreNetwork):
     """A pipeline's U-Net or transformer as ``network(x, t, cond)`` in the time of the checkpoint's own process.
 
     ``part`` is its name in the pipeline and here, so that blocks are named as in the checkpoint; ``factor`` the pixels
-    to a latent. ``guidance`` is what a guidance-distilled network is told where the condition says nothing.
+    to a latent.
     """
 
     part: ClassVar[Literal["unet", "transformer"]] = "transformer"
@@ -49,11 +45,39 @@ class PipelineNetwork(CoreNetwork):
     """What an unconditional answer is asked for; None: the network knows none."""
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}
     """Arguments with which the stock pipeline calls it once, without guidance."""
+    told: ClassVar[float] = 3.5
+    """What a guidance-distilled network is told where the condition says nothing."""
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor",)
+    """Keys of its autoencoder's config by which the stock pipeline scales latents."""
+    packed: ClassVar[int] = 1
+    """Latents to a channel of the network's input."""
+    absent: ClassVar[tuple[str, ...]] = ()
+    """Keys of the network's config that say that it asks for more than its pipeline gives it."""
+    given: ClassVar[bool] = True
+    """Whether its pipeline gives a flow's scheduler the times of n steps, 1 to 1/n, rather than their number."""
 
-    def __init__(self, core: nn.Module, factor: int, guidance: float = 3.5):
+    def __init__(self, core: nn.Module, factor: int):
         super().__init__()
         self.add_module(self.part, core)
-        self.factor, self.guidance = factor, guidance
+        self.factor = factor
+
+    @classmethod
+    def of(cls, core: Any, pipe: Any, channels: int) -> "type[PipelineNetwork]":
+        """The family of the network ``core`` in latents of so many ``channels``. UserError if it asks for more than
+        noise, time and prompt."""
+        where = f"{cls.part}/config.json"
+        if (count := core.config["in_channels"]) != cls.packed * channels:
+            raise UserError(
+                f"teacher: {where}: in_channels {count}, but latents have {cls.packed * channels}: a network for "
+                "inpainting or editing, which needs more than prompts, or another's autoencoder"
+            )
+        keys.check_asked(core.config, cls.absent, where)
+        return cls.fitting(core.config, pipe, channels)
+
+    @classmethod
+    def fitting(cls, _config: Any, _pipe: Any, _channels: int) -> "type[PipelineNetwork]":
+        """The family of a network of this ``config``, as :meth:`of`."""
+        return cls
 
     @property
     def core(self) -> Any:
@@ -78,11 +102,13 @@ class PipelineNetwork(CoreNetwork):
             raise ValueError("this network is conditional on text: the condition has none")
         return cond.text
 
-    def scale(self, x: Tensor, cond: Condition) -> Tensor | None:
-        """Embedded guidance scales (B,) for a network that has them."""
-        if not self.core.config.get("guidance_embeds"):
-            return None
-        return x.new_full((len(x),), self.guidance) if cond.guidance is None else cond.guidance.to(x.dtype)
+    def scale(self, x: Tensor, cond: Condition) -> Tensor:
+        """Guidance scales (B,) that a network is told."""
+        return x.new_full((len(x),), self.told) if cond.guidance is None else cond.guidance.to(x.dtype)
+
+    def embedded(self, x: Tensor, cond: Condition) -> Tensor | None:
+        """They, for a transformer that embeds them."""
+        return self.scale(x, cond) if self.core.config.get("guidance_embeds") else None
 
 
 def padded(embeddings: Sequence[Tensor], length: int) -> Condition:
@@ -95,114 +121,32 @@ def padded(embeddings: Sequence[Tensor], length: int) -> Condition:
     return Condition(text=text, text_mask=mask)
 
 
-def process_of(scheduler: dict[str, Any], tokens: int) -> tuple[Process, Prediction]:
-    """Noise process and kind of prediction that a scheduler's config tells of; ``tokens`` of a picture bend a flow's
-    grid where the config says so. UserError for a scheduler that is neither a flow nor a discrete process."""
-    name = scheduler["_class_name"]
-    flow = name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas")
-    if flow:
-        shift = scheduler.get("shift") or scheduler.get("flow_shift") or 1.0
-        if scheduler.get("use_dynamic_shifting"):
-            low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-            first, last = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-            shift = math.exp(first + (tokens - low) * (last - first) / (high - low))
-        return RectifiedFlow(shift, t_max=0.9999), "velocity"
-    if "num_train_timesteps" not in scheduler or "beta_schedule" not in scheduler:
-        raise UserError(f"teacher: its scheduler {name} is neither a flow nor a table of noise levels")
-    table = DDPMScheduler.from_config(_plain(scheduler)).alphas_cumprod.double()  # type: ignore[union-attr]
-    kinds: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in kinds:
-        raise UserError(f"teacher: prediction_type {kind} of its scheduler is not one of {sorted(kinds)}")
-    table[-1] = table[-1].clamp(min=2**-24)  # zero terminal SNR, as diffusers' own schedulers treat it
-    return DiscreteVP(table), kinds[kind]
-
-
-def scheduler_config(pipe: Any) -> dict[str, Any]:
-    """With its class's name."""
-    return dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
-
-
-SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-
-
-def _plain(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler's config says of the noise levels and the prediction."""
-    return {key: scheduler[key] for key in (*SCHEDULE, "prediction_type") if key in scheduler}
-
-
-def one_step_scheduler(process: Process, config: dict[str, Any]) -> Any:
-    """A stock scheduler which makes the student's 1 to 4 steps: each answer is noised afresh for the next step."""
-    if isinstance(process, RectifiedFlow):
-        return FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-    return LCMScheduler.from_config(
-        _plain(config), original_inference_steps=MOST_STEPS, clip_sample=False, steps_offset=1
-    )
-
-
-def step_times(process: Process) -> tuple[float, ...]:
-    """Times of a student's steps: the last one of the process and those that the stock schedulers divide it by."""
-    u = [1 - k / MOST_STEPS for k in range(MOST_STEPS)]
-    if isinstance(process, RectifiedFlow):
-        return tuple(process.shift * v / (1 + (process.shift - 1) * v) for v in u)
-    return tuple(v * (process.t_max + 1) - 1 for v in u)
-
-
-class Latents:
-    """An autoencoder as the teacher's latents are scaled: ``(z - shift) * scale`` by its own config."""
-
-    def __init__(self, vae: Any):
-        self.vae, config = vae, vae.config
-        self.video = "latents_mean" in config and "z_dim" in config
-        """Whether it encodes videos, here of one frame."""
-        mean, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-        self.mean, self.scale = torch.tensor(float(mean)), torch.tensor(float(scale))
-        if self.video:
-            column = lambda values: torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
-            self.mean, self.scale = column(config["latents_mean"]), 1 / column(config["latents_std"])
-
-    @property
-    def channels(self) -> int:
-        return self.vae.config["z_dim" if self.video else "latent_channels"]
-
-    @property
-    def factor(self) -> int:
-        """Pixels to a latent along a side."""
-        if self.video:
-            return 2 ** len(self.vae.temperal_downsample)
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) to latents (B, C, h, w): the mode of their distribution."""
-        device = self.vae.device
-        inputs = pictures.to(device, self.vae.dtype)
-        z = self.vae.encode(inputs.unsqueeze(2) if self.video else inputs).latent_dist.mode()
-        z = (z.squeeze(2) if self.video else z).float()
-        return ((z - self.mean.to(device)) * self.scale.to(device)).to(pictures.device)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The inverse; not clamped."""
-        device = self.vae.device
-        z = (latents.to(device) / self.scale.to(device) + self.mean.to(device)).to(self.vae.dtype)
-        pictures = self.vae.decode(z.unsqueeze(2) if self.video else z, return_dict=False)[0]
-        return (pictures.squeeze(2) if self.video else pictures).float().to(latents.device)
-
-
 class Stock:
     """What checkpoints in stock pipelines have in common, whatever they are asked for.
 
     ``pipe`` is the pipeline without its network, which is called ``part`` there; ``times`` are a student's, None for a
-    teacher.
+    teacher, and ``scheduler`` is the stock one that asks it at them.
     """
 
     pipe: Any
     process: Process
     shape: tuple[int, int, int]
-    times: tuple[float, ...] | None
+    times: StepTimes | None
+    scheduler: Any
 
     @property
     @abstractmethod
     def part(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def scaling(self) -> tuple[str, ...]:
+        """Keys by which the pipeline scales latents."""
+
+    @property
+    @abstractmethod
+    def given(self) -> bool:
+        """As :attr:`PipelineNetwork.given`."""
 
     @property
     def student(self) -> bool:
@@ -212,7 +156,7 @@ class Stock:
     def latents(self) -> Latents | None:
         """None for a network that makes pixels."""
         vae = self.pipe.components.get("vae")
-        return None if vae is None else Latents(vae)
+        return None if vae is None else Latents(vae, self.scaling)
 
     @property
     def picture(self) -> tuple[int, int, int]:
@@ -232,11 +176,15 @@ class Stock:
         return self.times[0], True
 
     def begun(self, _process: Process, _sigma_init: float) -> Self:
-        """It starts at the process's last time, as stock pipelines do."""
-        return replace(cast(Any, self), times=step_times(self.process))
+        """It starts at the process's last time and is asked where stock pipelines with its scheduler ask it; one that
+        goes on from another keeps its times."""
+        if self.times is not None:
+            return self
+        scheduler = student_scheduler(self.process, scheduler_config(self.pipe), self.given)
+        return replace(cast(Any, self), times=step_times(scheduler, self.given), scheduler=scheduler)
 
-    def begun_flow(self, _view: TrigFlowView, _guidance: float) -> Self:
-        return replace(cast(Any, self), times=step_times(self.process))
+    def begun_flow(self, view: TrigFlowView, _guidance: float) -> Self:
+        return self.begun(view.process, 1.0)
 
     def parts(self) -> list[nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
@@ -249,7 +197,7 @@ class Stock:
         """A stock pipeline folder with ``own`` in studio.json, and ``pytorch_lora_weights.safetensors`` beside it for a
         LoRA student."""
         whole, pipe, before = cast(Any, merged(network)), self.whole(), self.pipe.scheduler
-        scheduler = one_step_scheduler(self.process, before.config) if self.times else before
+        scheduler = before if self.scheduler is None else self.scheduler
         with replace_folder(folder) as temporary:
             pipe.register_modules(**{self.part: whole.core, "scheduler": scheduler})
             try:
@@ -257,7 +205,8 @@ class Stock:
             finally:
                 pipe.register_modules(**{self.part: None, "scheduler": before})
             save_lora(temporary, self.part, network)
-            text = json.dumps(own | {"times": self.times, "shape": self.shape}, indent=2)
+            rows = None if self.times is None else self.times.rows
+            text = json.dumps(own | {"times": rows, "shape": self.shape}, indent=2)
             (temporary / "studio.json").write_text(text + "\n")
             (temporary / "README.md").write_text(card)
 
@@ -276,10 +225,12 @@ class PipelineSpec(Stock, TextSpec):
     process: Process
     source: Path
     tokens: int
-    times: tuple[float, ...] | None = None
+    times: StepTimes | None = None
+    scheduler: Any = field(default=None, repr=False)
     guidance: float = 1.0
     examples: tuple[str, ...] = (EXAMPLE,)
     guidable: bool = True
+    unguided: str = ""
     offload: bool = False
     texts: Texts | None = None
     place: list[torch.device] = field(default_factory=lambda: [torch.device("cpu")], repr=False)
@@ -288,6 +239,14 @@ class PipelineSpec(Stock, TextSpec):
     @property
     def part(self) -> str:
         return self.family.part
+
+    @property
+    def scaling(self) -> tuple[str, ...]:
+        return self.family.scaling
+
+    @property
+    def given(self) -> bool:
+        return self.family.given
 
     @property
     def device(self) -> torch.device:
@@ -305,9 +264,10 @@ class PipelineSpec(Stock, TextSpec):
         name, values = type(self.pipe).__name__, self.family.call | {"height": height, "width": width}
         values = {**values, "num_inference_steps": 1 if self.student else 20}
         arguments = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        steps = "" if self.times is None else f"  # num_inference_steps: 1 to {len(self.times)}"
         return f"""from diffusers import {name}
 
-pipe = {name}.from_pretrained("PATH")
+pipe = {name}.from_pretrained("PATH"){steps}
 image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
 
     def preview(self, count: int) -> Condition:
@@ -335,6 +295,13 @@ image = pipe({self.examples[0]!r}, {arguments}).images[0]"""
                 cond = replace(cond, null_text=null.text, null_text_mask=null.text_mask, null_pooled=null.pooled)
         scale = None if guidance is None else torch.full((len(prompts),), guidance, device=self.device)
         return replace(cond, guidance=scale)
+
+    def known_distilled(self, whether: bool) -> "PipelineSpec":
+        """The same where it is known ``whether`` it is distilled, whatever its files say. UserError if they cannot be
+        wrong: its network knows no unconditional answer."""
+        if not whether and self.family.null_prompt is None:
+            raise UserError(f"teacher.distilled: false, but {self.unguided}: remove the key")
+        return replace(self, guidable=not whether, unguided="teacher.distilled" if whether else "")
 
     def without_encoders(self, texts: Texts, pictures: bool) -> "PipelineSpec":
         """Of all that share this one's ``pipe`` too."""
@@ -371,14 +338,16 @@ def load(
     ``size`` is the side of its pictures in pixels, by default the checkpoint's own.
     """
     pipe, own = opened(folder, pipeline, family.part, weights)
-    core, latents = getattr(pipe, family.part), Latents(pipe.vae)
-    side = size // latents.factor if size else core.config.get("sample_size") or SIDE // latents.factor
-    shape = cast(tuple[int, int, int], tuple(own["shape"]) if own and size is None else (latents.channels, side, side))
-    if size and size % (2 * latents.factor):
-        raise UserError(f"teacher.size: {size} is not a multiple of {2 * latents.factor} pixels")
-    distilled = any(word in (weights or folder).resolve().name.lower() for word in DISTILLED)
+    core, latents = getattr(pipe, family.part), checked(pipe.vae, family.scaling, pipeline.__name__)
+    family = family.of(core, pipe, latents.channels)
+    shape = cast(tuple[int, int, int], tuple(own["shape"])) if own and size is None else None
+    shape = shape or (latents.channels, *_sides(core.config.get("sample_size"), size, latents.factor))
     process, prediction = process_of(scheduler_config(pipe), _tokens(shape))
     network = family(core, latents.factor)
+    index = json.loads((folder / "model_index.json").read_text())
+    unguided = distilled.reason(scheduler_config(pipe), index, None if weights else folder / "README.md")
+    if family.null_prompt is None:
+        unguided = f"its {family.part} is told the guidance scale or needs none"
     pipe.register_modules(**{family.part: None})
     spec = PipelineSpec(
         family,
@@ -387,12 +356,29 @@ def load(
         process,
         folder,
         tokens or own.get("tokens") or family.length,
-        tuple(own["times"]) if own.get("times") else None,
+        StepTimes.read(own["times"]) if own.get("times") else None,
+        pipe.scheduler if own.get("times") else None,
         own.get("guidance", 1.0),
         tuple(own.get("examples", (EXAMPLE,))),
-        guidable=family.null_prompt is not None and not distilled and not own.get("times"),
+        unguided="" if own.get("times") else unguided,
+        guidable=family.null_prompt is not None and not unguided and not own.get("times"),
     )
     return Denoiser(network.requires_grad_(True), process, prediction, sigma_data=1.0).eval(), spec
+
+
+def _sides(own: Any, size: int | None, factor: int) -> tuple[int, int]:
+    """Of the latents: ``size`` pixels, or the network's ``own``. UserError for those that are not square."""
+    if size:
+        if size % (2 * factor):
+            raise UserError(f"teacher.size: {size} is not a multiple of {2 * factor} pixels")
+        return size // factor, size // factor
+    height, width = (own, own) if isinstance(own, int) else own or (SIDE // factor, SIDE // factor)
+    if height != width:
+        raise UserError(
+            f"teacher.size: missing; sample_size {[height, width]} of the network is not square, and students are: "
+            f"give the side in pixels, as {max(1, min(height, width) // 2) * 2 * factor}"
+        )
+    return height, width
 
 
 def _tokens(shape: tuple[int, int, int]) -> int:

@@ -13,6 +13,9 @@ from models.teachers.pipeline import PipelineNetwork, padded
 class QwenImage(PipelineNetwork):
     length = 512
     null_prompt = " "
+    packed: ClassVar[int] = 4
+    scaling: ClassVar[tuple[str, ...]] = ("latents_mean", "latents_std")
+    absent: ClassVar[tuple[str, ...]] = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
     call: ClassVar[dict[str, Any]] = {"true_cfg_scale": 1.0}
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -23,7 +26,7 @@ class QwenImage(PipelineNetwork):
             encoder_hidden_states_mask=cond.text_mask,
             timestep=t,
             img_shapes=[[(1, height, width)]] * len(x),
-            guidance=self.scale(x, cond),
+            guidance=self.embedded(x, cond),
             return_dict=False,
         )[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, (height, width)), 2)

@@ -24,18 +24,23 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
 from models.adapters import merged, save_lora
 from models.condition import Condition
 from models.controlnet import SanaControlBranch
 from models.denoiser import CoreNetwork, Denoiser
+from models.errors import UserError
 from models.folders import replace_folder
 from models.guidance import start_guidance_embedding
+from models.pictures import decode
 from models.process import Process, RectifiedFlow, TrigFlow
 from models.student import OneStepStudent
+from models.teachers import keys
 from models.teachers.base import EXAMPLE, Texts, TextSpec
-from models.teachers.files import single_file
+from models.teachers.files import read_part
+from models.teachers.schedule import is_flow
+from models.teachers.single_file import SingleFile
 from models.trigflow import TrigFlowView
 
 LINES = "examples.png"
@@ -317,10 +322,21 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
 
 def _frozen_parts(folder: Path) -> tuple[nn.Module, AutoencoderDC]:
-    """Text encoder and autoencoder."""
-    vae = AutoencoderDC.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
-    text_encoder = AutoModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    """Text encoder and autoencoder. UserError if the autoencoder's class is another."""
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["vae"][1] != "AutoencoderDC":
+        raise UserError(f"teacher: {folder / 'vae'} is a {index['vae'][1]}: Sana is read with an AutoencoderDC alone")
+    vae, text_encoder = (read_part(folder, name, index[name]) for name in ("vae", "text_encoder"))
     return text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
+def _transformer(folder: Path, index: dict[str, Any], weights: Path | None) -> nn.Module | None:
+    if weights is None:
+        return read_part(folder, "transformer", index["transformer"])
+    single = SingleFile(weights, folder)
+    network = single.part("transformer", SanaTransformer2DModel, required=True)
+    single.name_rest()
+    return network
 
 
 def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]:
@@ -328,14 +344,17 @@ def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]
 
     ``weights`` is a single file of the transformer, in the place of the folder's.
     """
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
-    transformer = (
-        single_file(weights, folder, "transformer")
-        if weights
-        else SanaTransformer2DModel.from_pretrained(folder / "transformer", **options)
-    )
+    index = json.loads((folder / "model_index.json").read_text())
+    transformer = cast(SanaTransformer2DModel, _transformer(folder, index, weights))
     text_encoder, vae = _frozen_parts(folder)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    place = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(place.read_text())
+    keys.check_index(index, SanaPipeline, folder)
+    keys.check_scheduler(scheduler, place)
+    if scheduler["_class_name"] != "SCMScheduler" and not is_flow(scheduler):
+        raise UserError(
+            f"teacher: {place}: a {scheduler['_class_name']} that is no flow's (use_flow_sigmas is not true)"
+        )
     studio = folder / "studio.json"
     own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
     if not own.get("told", True) and transformer.config["guidance_embeds"]:
@@ -343,8 +362,10 @@ def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]
     side, config = transformer.config["sample_size"], transformer.config
     branch = lines = None
     if (folder / "controlnet").is_dir():
-        branch = SanaControlBranch.from_pretrained(folder / "controlnet", use_safetensors=True)
-        strip = torch.from_numpy(np.array(Image.open(folder / "controlnet" / LINES)))
+        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+        branch, info = cast(Any, SanaControlBranch).from_pretrained(folder / "controlnet", **options)
+        keys.check_weights(info, folder / "controlnet")
+        strip = torch.from_numpy(np.array(decode(folder / "controlnet" / LINES, LINES, "L")) > 127)
         lines = 2.0 * strip.view(-1, 1, strip.shape[1], strip.shape[1]) - 1
     sigma_data = scheduler.get("sigma_data", 0.5)
     times = tuple(own["times"]) if own.get("times") else None

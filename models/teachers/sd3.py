@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a joint transformer on three text encoders, a flow."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ class StableDiffusion3(PipelineNetwork):
     """``length`` is T5's share of the tokens; CLIP's 77 come before them."""
 
     length = 256
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
+    given: ClassVar[bool] = False
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.pooled is None:

@@ -13,6 +13,8 @@ class ZImage(PipelineNetwork):
     """Tap blocks of ``transformer.noise_refiner``, which see the picture alone; the layers see it with the text."""
 
     length = 512
+    scaling: ClassVar[tuple[str, ...]] = ("scaling_factor", "shift_factor")
+    absent: ClassVar[tuple[str, ...]] = ("siglip_feat_dim",)
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 0.0}  # the pipeline counts from 0
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
