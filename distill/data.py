@@ -641,7 +641,7 @@ class StreamedPictures:
         while len(samples) < self.size:
             row = self.rows.next()
             if self.rows.epoch > self._good + 1:
-                raise UserError("data: a whole epoch of the stream has no picture that can be used")
+                raise UserError("data: a whole epoch of the stream has no picture, or none that can be used")
             self._read += 1
             try:
                 samples.append(self.columns.sample(row, self.shape, row_name(row, self._read - 1)))

@@ -464,7 +464,9 @@ def test_several_students_load_with_stock_diffusers(tmp_path: Path):
 
 def settings_of(teacher: Path, base: Path, **gan: Any) -> Config:
     """Three steps of f-distill with this teacher."""
-    values = settings(base, output="run", data__channels=3, train__steps=3, method__critic_turns=1)
+    values = settings(
+        base, output="run", data__channels=3, data__classes_by="position", train__steps=3, method__critic_turns=1
+    )
     values["teacher"]["path"], values["method"]["bins"] = str(teacher), 2
     values["method"]["gan"] |= gan
     return Config.model_validate(values)
@@ -485,7 +487,7 @@ def started(base: Path, method: dict[str, Any], **changes: Any) -> Trainer:
     unet = new("ddpmpp")
     assert unet.config.dropout == 0.1
     Spec(1, 5, 3, 16, 0.5, None, [str(i) for i in range(5)]).save(base / "dropout", PatchUNet(unet, 1, 5), "")
-    values = settings(base, method=method, data__channels=3, **changes)
+    values = settings(base, method=method, data__channels=3, data__classes_by="position", **changes)
     values["teacher"]["path"] = str(base / "dropout")
     return build(Config.model_validate(values))
 
@@ -532,7 +534,10 @@ def test_tangents_know_no_dropout(tmp_path: Path, tangent: str):
 def test_an_adapter_is_merged_into_the_exported_weights(checkpoint: Checkpoint, name: str):
     base = checkpoint.folder
     if name == "own":
-        config, teacher = Config.model_validate(settings(base, lora={"rank": 2})), base / "teacher"
+        config, teacher = (
+            Config.model_validate(settings(base, lora={"rank": 2}, data__classes_by="position")),
+            base / "teacher",
+        )
     else:
         teacher = converted(checkpoint, name)
         config = settings_of(teacher, base, taps=["unet.enc.8x8_block0"])

@@ -353,11 +353,11 @@ def test_each_student_sees_its_own_classes_and_all_pairs(tmp_path: Path) -> None
         assert [stage.train.steps for stage in stages] == [2, 2, 2]
         assert [stage.classes for stage in stages] == [[k]] * 3
         assert [getattr(stage.method, "start", None) for stage in stages[1:]] == [stage.output for stage in stages[:-1]]
-        stream, shape, _ = build_stream(stages[-1], 0, 1)
+        stream, shape, names = build_stream(stages[-1], 0, 1)
         assert stream is not None and shape == (1, 16, 16)
         assert {int(c) for _ in range(4) for c in stream.next().cond.class_ids} == {k}  # type: ignore[union-attr]
         first = stages[1].method.model_copy(update={"start": None})
-        method = build_method(stages[1].model_copy(update={"method": first}), shape, [])[0]
+        method = build_method(stages[1].model_copy(update={"method": first}), shape, names)[0]
         draws = Draws(list(range(64)))
         assert set(method.conditions.sample(draws).class_ids.tolist()) == {k}  # type: ignore[attr-defined]
         assert set(method.pairs.sample(draws)[1].class_ids.tolist()) == {0, 1}  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from models.teachers.pipeline import PipelineSpec
 from models.teachers.sana import SanaSpec
 from tests import families
 from tests.test_families import consistency, f_distill, values
-from tests.tiny import ROOT, environment, save_sana, settings
+from tests.tiny import ROOT, environment, save_sana, settings, torch_threads
 
 FAMILY = "stable_diffusion_3"
 
@@ -55,6 +56,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums over several threads are not of one order on every CPU."""
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +150,23 @@ def prompts_alone(base: Path, teacher: Path, output: str = "plain") -> dict[str,
 
 
 def compare(base: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Both runs log the same losses, bit for bit, and export the same weights, those that were dropped too."""
+    """Both runs log the same losses and export the same weights, those that were dropped too.
+
+    To rounding: what a text encoder makes of a prompt depends, on some CPUs, on how many are encoded with it.
+    """
     for config in (first, second):
         assert train(check(config, "test")) == 0
     one, two = Path(first["output"]), Path(second["output"])
-    assert metrics(one) == metrics(two)
+    parts = lambda line: [v for value in line.values() for v in (value if isinstance(value, list) else [value])]
+    flat = lambda line: [-1.0 if v is None else v for v in parts(line)]  # a bin without a sample
+    for mine, other in zip(metrics(one), metrics(two), strict=True):
+        assert mine.keys() == other.keys() and flat(mine) == pytest.approx(flat(other), rel=1e-4, abs=1e-6)
     weights = [sorted(path.relative_to(run) for path in (run / "student").rglob("*.safetensors")) for run in (one, two)]
     assert weights[0] == weights[1] and weights[0]
-    assert [path for path in weights[0] if (one / path).read_bytes() != (two / path).read_bytes()] == []
+    for path in weights[0]:
+        mine, other = load_file(one / path), load_file(two / path)
+        assert mine.keys() == other.keys()
+        assert all((mine[name].float() - other[name].float()).abs().mean() < 1e-5 for name in mine), path
 
 
 def test_a_pipelines_student_learns_the_same(base: Path):
