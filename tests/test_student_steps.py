@@ -80,7 +80,7 @@ def check_prompts(folder: Path, counts: tuple[int, ...] = (1, 2, 3, 4)) -> None:
         found, pictures = asked_times(pipe, spec.part, call, scale)
         found = [1 - t for t in found] if spec.family.__name__ == "ZImage" else found
         assert found == pytest.approx(spec.times[:count], rel=1e-5), count
-        noise = lambda: unpacked(torch.randn_like(latents), spec.shape[1]) if packs else torch.randn_like(z)
+        noise = lambda: unpacked(torch.randn(latents.shape), spec.shape[1]) if packs else torch.randn_like(z)
         mine = own_pixels(folder, z, spec.text(PROMPTS), count, noise)
         assert np.isfinite(pictures).all()
         assert float((torch.from_numpy(pictures).permute(0, 3, 1, 2) - mine).abs().max()) < 1e-5, count
