@@ -6,8 +6,13 @@ A CPU without instructions for bf16 imitates it: there a transformer's training 
 import platform
 
 import torch
+from accelerate.utils import AutocastKwargs
 
 from distill.settings import Config
+
+AUTOCAST = AutocastKwargs(cache_enabled=False)
+"""Weights are cast at each use. Kept casts would be those of a network's first run within a turn: where that run needs
+no gradients (a student's earlier steps), the sharded weights of later runs would get none."""
 
 
 def native_bf16(device: torch.device) -> tuple[bool, str]:

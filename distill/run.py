@@ -71,6 +71,7 @@ def build(config: Config) -> Trainer:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate does not see torchrun's processes on a CPU
         mixed_precision=config.train.mixed_precision,
+        kwargs_handlers=[precision.AUTOCAST],
         log_with=list(config.train.trackers) or None,
         project_dir=str(config.output),
         step_scheduler_with_optimizer=False,

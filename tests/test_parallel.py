@@ -133,8 +133,8 @@ def test_dit_is_divided_too(name: str, two: Path) -> None:
     assert train(check(dit(two, f"{name}-one"), "test")) == 0
     one, other = lines(two / f"{name}-one"), lines(two / name)
     assert len(one) == len(other) == 2
-    for expected, found in zip(one, other, strict=True):  # one step from noise is 160 times the network's rounding
-        assert found == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    for expected, found in zip(one, other, strict=True):  # one step from noise has 160 times the network's rounding
+        assert found == pytest.approx(expected, rel=2e-2, abs=1e-5)
     load(two / name / "student")
 
 
@@ -145,11 +145,22 @@ import torch, torch.distributed as dist
 from models.condition import Condition
 from models.denoiser import CoreNetwork
 from distill import parallel
+from distill.precision import AUTOCAST
+
+class Core(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4)) for _ in range(2)]
+        self.blocks, self.last = torch.nn.ModuleList(layers), torch.nn.Linear(4, 4)
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
 
 class Network(CoreNetwork):
     def __init__(self):
         super().__init__()
-        self.inner = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
+        self.inner = Core()
     @property
     def core(self):
         return self.inner
@@ -161,24 +172,26 @@ torch.manual_seed(0)
 plain = Network()
 divided = copy.deepcopy(plain)
 parallel.shard([divided], SimpleNamespace(device=torch.device("cpu"), num_processes=1))
-x = torch.randn(16, 4)
-grads = []
+x, grads = torch.randn(16, 4), []
+autocast = lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=AUTOCAST.cache_enabled)
 for network in (plain, divided):
-    with torch.autocast("cpu", torch.bfloat16):
+    ask = lambda: network(x, None, Condition())
+    found = []
+    for turn in range(3):
         network.requires_grad_(False)
-        frozen = network(x, None, Condition())  # a critic in the student's turn
-        with torch.no_grad():
-            network.requires_grad_(True)(x, None, Condition())  # a student's earlier step
-    assert not frozen.requires_grad
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
+            assert not ask().requires_grad  # a critic in the student's turn
+        network.requires_grad_(True)
+        with autocast():
             with torch.no_grad():
-                network(x, None, Condition())
-            loss = network(x, None, Condition()).float().square().mean()
+                ask()  # a student's earlier step
+            loss = ask().float().square().mean()
         loss.backward()
-    found = [p.grad.full_tensor() if network is divided else p.grad for p in network.parameters()]
-    assert all(p.dtype == torch.float32 for p in network.parameters()) and all(g.dtype == torch.float32 for g in found)
-    assert all(float(g.abs().max()) > 0 for g in found)
+        for parameter in network.parameters():
+            grad = parameter.grad.full_tensor() if network is divided else parameter.grad
+            assert parameter.dtype == grad.dtype == torch.float32 and float(grad.abs().max()) > 0
+            found.append(grad)
+        network.zero_grad()
     grads.append(found)
 for first, second in zip(*grads, strict=True):
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
@@ -187,7 +200,10 @@ dist.destroy_process_group()
 
 
 def test_a_network_that_is_first_run_frozen_trains_in_float32(tmp_path: Path) -> None:
-    """Under bf16, divided or whole: neither the frozen run nor one without gradients decides what later ones keep."""
+    """Under bf16, divided or whole: neither a frozen run nor one without gradients decides what later ones are cast to.
+
+    With the casts of the first run kept, the divided blocks get no gradient in the first turn.
+    """
     line = [sys.executable, "-c", FROZEN_FIRST, str(tmp_path / "store")]
     done = subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
