@@ -395,8 +395,9 @@ class Shown(NamedTuple):
 def runs_tab(engine: Engine) -> Callable[..., Shown]:
     """Calls the handlers of a page's Runs tab as the page does: with what was chosen, and what the server keeps."""
     page = studio.build_app(engine)
-    handlers = {call.name: call.fn for call in page.fns.values()}
-    kept: list[Any] = [block.value for block in page.blocks.values() if isinstance(block, gradio.State)]
+    handlers: dict[str, Any] = {call.name: call.fn for call in page.fns.values()}
+    states: list[Any] = [block for block in page.blocks.values() if isinstance(block, gradio.State)]
+    kept = [state.value for state in states]
     view = [value for value in kept if type(value).__name__ == "View"]
 
     def shown(handler: str, *chosen: Any) -> Shown:
