@@ -54,11 +54,10 @@ PARTS = {
     "view": 1 + len(SEEN),
 }
 """What the first token is asked for, with the number of answers."""
-ROLES = ("", "and", *RELATIONS)
 OWN = {
     "shape": len(SHAPES),
     "colour": 1 + len(COLOURS),
-    "role": len(ROLES),
+    "role": len(LINKS),
     "other shape": 1 + len(SHAPES),
     "other colour": 1 + len(COLOURS),
     "count": 4,
@@ -113,7 +112,7 @@ def own_answers(wanted: Tensor, second: Tensor) -> Tensor:
     ``second`` (N,) bool: whether the word belongs to the second solid.
     """
     shape, colour, other, other_colour, link, count, view = wanted.unbind(1)
-    inverse = torch.tensor([ROLES.index(OPPOSITE.get(role, role)) for role in ROLES])
+    inverse = torch.tensor([LINKS.index(OPPOSITE.get(role, role)) for role in LINKS])
     turned = torch.stack([(other - 1).clamp(min=0), other_colour, inverse[link], 1 + shape, colour, count, view], 1)
     straight = torch.stack([shape, colour, link, other, other_colour, count, view], 1)
     return torch.where(second[:, None], turned, straight)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from distill import text_encoder
-from distill.text_encoder import LINKS, OWN, ROLES, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
+from distill.text_encoder import LINKS, OWN, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
 from models.errors import UserError
 from models.scene.captions import COLOURS, SEEN, SHAPES, VOCABULARY, Metadata, draw, parse, seen
 from models.teachers import sana
@@ -46,7 +46,7 @@ def told(prompt: str, second: bool) -> dict[str, str | int]:
     found = own_answers(torch.tensor([answers(parse(prompt))]), torch.tensor([second]))[0].tolist()
     shape, colour, role, other, other_colour, count, view = found
     colours, shapes = ("", *COLOURS), ("", *SHAPES)
-    words = (SHAPES[shape], colours[colour], ROLES[role], shapes[other], colours[other_colour], count + 1, view)
+    words = (SHAPES[shape], colours[colour], LINKS[role], shapes[other], colours[other_colour], count + 1, view)
     return dict(zip(OWN, words, strict=True))
 
 
