@@ -209,6 +209,24 @@ def test_every_word_of_a_scheduler_is_heeded(copy: Path, capsys: pytest.CaptureF
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("model_index.json", "vae"),
+        ("unet/config.json", "sample_size"),
+        ("vae/config.json", "scaling_factor"),
+        ("scheduler/scheduler_config.json", "prediction_type"),
+        ("text_encoder/config.json", "hidden_act"),
+    ],
+)
+def test_a_key_is_given_once(file: str, key: str, copy: Path) -> None:
+    """JSON's readers keep the last one without a word."""
+    text = (copy / file).read_text().rstrip().removesuffix("}").rstrip()
+    (copy / file).write_text(text + f', "{key}": null, "{key}": null}}')
+    with pytest.raises(UserError, match=f"{file} cannot be read: the key '{key}' is given twice"):
+        load(copy)
+
+
 # -------------------------------------------------------------------------------------------------------------- weights
 
 

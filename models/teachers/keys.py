@@ -2,7 +2,6 @@
 in one line. What would change the answers and is not read is a UserError."""
 
 import inspect
-import json
 import sys
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from models.errors import UserError
+from models.json_text import read_json
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """Keys of a table of noise levels."""
@@ -43,9 +43,20 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A config; UserError if it is no JSON object, or gives a key twice."""
+    try:
+        values = read_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"teacher: {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"teacher: {path} is no JSON object")
+    return values
+
+
 def config_of(folder: Path, part: str) -> dict[str, Any]:
     """The part's config.json."""
-    return json.loads((folder / part / "config.json").read_text())
+    return read(folder / part / "config.json")
 
 
 def check_index(index: dict[str, Any], pipeline: Any, folder: Path) -> None:
