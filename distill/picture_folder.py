@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.class_names import ordered
-from eval.pictures import Walk, walk
+from eval.pictures import Walk, walk, warn
 from models.errors import BadSample, UserError
 from models.json_text import read_json
 from models.prompts import captions, decoded, lines
@@ -84,6 +84,11 @@ class PictureFolder:
         found.files = pictures
         if loose:
             return cls([(path, 0) for path in loose], [folder.resolve().name], None, found)
+        if deeper := sorted({path.parent for path in pictures if path.parent.parent != folder}):
+            warn(
+                f"{folder}: pictures of {len(deeper)} folders within others ({deeper[0].relative_to(folder)}, ...) are "
+                f"of the classes {', '.join(list(groups)[:3])}, the outer folders: data.path is the one around the classes"
+            )
         names = ordered(list(groups))
         return cls([(path, i) for i, name in enumerate(names) for path in groups[name]], names, None, found)
 

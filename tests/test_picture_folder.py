@@ -50,6 +50,17 @@ def test_what_programs_leave_behind_is_no_class(tmp_path: Path):
     assert "1 no pictures (notes.json)" in said
 
 
+def test_folders_within_class_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As where the folder above train/ and val/ is given."""
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png"):
+        picture(tmp_path / name)
+    assert ImageFolder(tmp_path, 8, 1).class_names == ["train", "val"]
+    said = "pictures of 3 folders within others (train/cat, ...) are of the classes train, val, the outer folders"
+    assert said in capsys.readouterr().err
+    assert ImageFolder(tmp_path / "train", 8, 1).class_names == ["cat", "dog"]
+    assert "outer" not in capsys.readouterr().err
+
+
 def test_what_is_left_out_is_said_when_a_run_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = settings(tmp_path)
     (tmp_path / "pictures" / ".cache").mkdir()
