@@ -87,7 +87,7 @@ class PictureFolder:
         if deeper := sorted({path.parent for path in pictures if path.parent.parent != folder}):
             warn(
                 f"{folder}: pictures of {len(deeper)} folders within others ({deeper[0].relative_to(folder)}, ...) are "
-                f"of the classes {', '.join(list(groups)[:3])}, the outer folders: data.path is the one around the classes"
+                f"of the outer classes ({', '.join(list(groups)[:3])}, ...): data.path is the folder around the classes"
             )
         names = ordered(list(groups))
         return cls([(path, i) for i, name in enumerate(names) for path in groups[name]], names, None, found)

@@ -55,7 +55,7 @@ def test_folders_within_class_folders_are_named(tmp_path: Path, capsys: pytest.C
     for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png"):
         picture(tmp_path / name)
     assert ImageFolder(tmp_path, 8, 1).class_names == ["train", "val"]
-    said = "pictures of 3 folders within others (train/cat, ...) are of the classes train, val, the outer folders"
+    said = "pictures of 3 folders within others (train/cat, ...) are of the outer classes (train, val, ...)"
     assert said in capsys.readouterr().err
     assert ImageFolder(tmp_path / "train", 8, 1).class_names == ["cat", "dog"]
     assert "outer" not in capsys.readouterr().err
