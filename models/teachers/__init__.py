@@ -132,7 +132,7 @@ def load(
         if issubclass(family, ClassNetwork):
             return class_pipeline.load(folder, kind, family, size, weights)
         return pipeline.load(folder, kind, family, size, tokens, weights)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, NotImplementedError, SafetensorError) as error:
         raise _unreadable(path, folder, error) from error
 
 

@@ -130,10 +130,24 @@ ASKS = ("cond_proj.", "guidance_in.", "guidance_embedder.", "add_embedding.", "l
 """Parts of keys of a network that is told more than one without them."""
 
 
+ADAPTERS = (".lora_", "lora_unet_", "lora_transformer_", ".hada_w", ".lokr_w", ".oft_", "dora_scale")
+"""Parts of keys of weights that are added to others."""
+
+
+def check_no_adapters(where: Path, keys: Iterable[str]) -> None:
+    """UserError for weights that change others, which would then be read without them."""
+    if found := [key for key in keys if any(part in key for part in ADAPTERS)]:
+        raise UserError(
+            f"teacher: {where}: {found[0]}: an adapter (LoRA and its like), which is not read: merge it into the "
+            "network that it was trained on, and give that"
+        )
+
+
 def name_weights(where: Path, unread: Collection[str]) -> None:
     """Name weights that no network has a place for. UserError for those without which the others mean something else:
-    the scales of quantized ones, and what a network that is told more has."""
+    the scales of quantized ones, adapters, and what a network that is told more has."""
     keys = sorted(unread)
+    check_no_adapters(where, keys)
     if scales := [key for key in keys if key.rpartition(".")[2] in SCALES]:
         raise UserError(
             f"teacher: {where}: {scales[0]}: scales of quantized weights that are not read; give the whole ones"
