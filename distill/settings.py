@@ -1046,7 +1046,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--prompt", action=_Once)
     known, rest = parser.parse_known_args(argv)
     if known.prompt is not None:
-        rest = ["--method.prompt", json.dumps(known.prompt, ensure_ascii=False), *rest]  # whatever YAML makes of it
+        rest.append(f"--method.prompt={json.dumps(known.prompt, ensure_ascii=False)}")  # whatever YAML makes of it
     if known.help:
         show_help(known.config)
         sys.exit(0)
