@@ -558,6 +558,8 @@ class Consistency(Schema):
     """jvp: exact; else a finite difference along the same direction, for networks without a forward derivative."""
     tangent_step: float = Field(default=0.02, gt=0, lt=0.5)
     """Step of the finite difference, in radians; bf16 wants 0.05 to 0.1."""
+    tangent_float32: bool = True
+    """Take the derivative in float32 whatever train.mixed_precision says; false: in that precision."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Student steps until the tangent is whole (H / 2 of the paper, which counts both networks' steps)."""
     tangent_norm: Literal["l2", "rms", "none"] = "l2"

@@ -143,7 +143,8 @@ class ConsistencyDistillation:
             dx_dt = sigma_data * self.teacher.velocity(x_t, t, cond)
         else:
             dx_dt = losses.path_velocity(self.process.data_scale * x0, sigma_data * noise, t)
-        with torch.autocast(x_t.device.type, enabled=False):  # the derivative needs float32 inside attention
+        device = x_t.device.type
+        with torch.autocast(device, enabled=not settings.tangent_float32 and torch.is_autocast_enabled(device)):
             field = lambda x, t: self.flow.velocity(x, t, cond)
             mode, step, last = settings.tangent, settings.tangent_step, self.process.t_max
             self.flow.eval()  # a difference of two dropout masks is no derivative
