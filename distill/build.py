@@ -73,6 +73,7 @@ from distill.settings import (
 )
 from distill.source import check_unchanged
 from distill.stored import Stored, cached
+from distill.tars import whole_tars
 from eval.binding import Binding
 from models import autoencoder
 from models.adapters import Adapted, checkpointed
@@ -117,9 +118,10 @@ def hf_dataset(data: HFData, seed: int = 0) -> Any:
                 f"data.data_files: there is no file {data.data_files}: wildcards are *, ** and ?, not {{000..009}}"
             )
     try:
-        dataset: Any = datasets.load_dataset(
-            data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
-        )
+        with whole_tars():
+            dataset: Any = datasets.load_dataset(
+                data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
+            )
     except (OSError, ValueError, LookupError, EOFError, TarError, DatasetsError) as error:
         reason = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(reason.split())[:300]}") from error
@@ -453,6 +455,8 @@ def load_teacher(
         raise UserError(f"teacher.guidance: {teacher.path} knows no classes, hence no guidance: give 1")
     if len(class_names) > spec.num_classes:
         raise UserError(f"data: {len(class_names)} classes, but the teacher {teacher.path} knows {spec.num_classes}")
+    if isinstance(config.data, FashionMNISTData | PrecomputedData):
+        KnownClasses(spec.class_names, teacher.path).check_places(class_names)
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
     return denoiser, spec
@@ -645,7 +649,9 @@ def _matching(
         discriminator = Discriminator(feature_channels(denoiser, gan.taps, spec.shape, spec.preview(1)), gan.width)
     if not isinstance(spec, Spec) and (settings.regression or settings.clip_samples):
         raise UserError("method: regression and clip_samples are for students of classes in pixel space")
-    pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every) if settings.regression else None
+    pairs = None
+    if settings.regression is not None:
+        pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every, denoiser)
     row = build_row(settings)
     denoiser.requires_grad_(False)
     network, own, critic = _start(config, settings, denoiser, spec)
