@@ -519,6 +519,8 @@ class LADD(Schema):
 
     weight: float = Field(default=0.5, ge=0)
     """Weight of the hinge term in the student's loss; tied to consistency's tangent_norm l2. 0: no discriminator."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Student steps in which the weight rises from 0: the discriminator learns first."""
     taps: list[str] = Field(min_length=1)
     """Blocks of the frozen teacher whose outputs the heads see."""
     width: int | None = Field(default=None, gt=0)
@@ -558,6 +560,8 @@ class Consistency(Schema):
     """jvp: exact; else a finite difference along the same direction, for networks without a forward derivative."""
     tangent_step: float = Field(default=0.02, gt=0, lt=0.5)
     """Step of the finite difference, in radians; bf16 wants 0.05 to 0.1."""
+    tangent_float32: bool = True
+    """Take the derivative in float32 whatever train.mixed_precision says; false: in that precision."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Student steps until the tangent is whole (H / 2 of the paper, which counts both networks' steps)."""
     tangent_norm: Literal["l2", "rms", "none"] = "l2"

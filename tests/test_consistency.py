@@ -358,6 +358,22 @@ def test_times_stay_in_float32_under_autocast() -> None:
     assert all(p.dtype == torch.float32 and p.grad is not None for p in method.networks["student"].parameters())
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_derivative_may_be_taken_in_the_runs_precision() -> None:
+    directions = {}
+    for exact in (True, False):
+        method, _, own, turn = build(ladd=None, guidance=[1.0], warmup_steps=0, tangent_float32=exact)
+        with torch.no_grad():
+            for parameter in own.parameters():
+                parameter.mul_(1.5)  # a copy of its teacher has no tangent
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = method.student_loss(turn())
+        loss.backward()
+        directions[exact] = torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None])
+    assert not torch.equal(directions[True], directions[False])
+    assert float(torch.cosine_similarity(directions[True], directions[False], dim=0)) > 0.99
+
+
 def test_nu_is_learnt_only_if_asked_for_and_survives_ladd_alone() -> None:
     method, _, _, turn = build(adaptive_weight=True, weight=0.0)
     loss, logs = method.student_loss(turn())
@@ -376,6 +392,15 @@ def test_the_tangent_warms_up_with_student_steps_and_the_count_is_saved() -> Non
     assert counts == [1, 2, 3]
     method.student_loss(replace(turn(), micro=1))
     assert float(method.steps.count) == 3
+
+
+def test_the_adversarial_term_warms_up_with_student_steps() -> None:
+    method, _, _, turn = build(ladd=LADD(taps=TAPS, width=8, weight=0.5, warmup_steps=2), guidance=[1.0])
+    shares = []
+    for _ in range(4):
+        loss, logs = method.student_loss(turn())
+        shares.append(float((loss.detach() - logs["consistency"]) / logs["adversarial"]))  # type: ignore[operator]
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.5], abs=1e-3)
 
 
 def test_training_needs_no_teacher() -> None:

@@ -120,7 +120,7 @@ class ConsistencyDistillation:
             noised = self.process.add_noise(samples, draws.normal(*x0.shape[1:]), s)
             logits = self.networks["discriminator"](self._features(noised, s, cond))
             adversarial = losses.hinge_generator(logits).mean()
-            loss = loss + self.ladd.weight * adversarial
+            loss = loss + self.ladd.weight * self._warmed(self.ladd.warmup_steps) * adversarial
             logs["adversarial"] = adversarial.detach()
         if turn.micro == 0:
             self.steps.count += 1
@@ -143,7 +143,8 @@ class ConsistencyDistillation:
             dx_dt = sigma_data * self.teacher.velocity(x_t, t, cond)
         else:
             dx_dt = losses.path_velocity(self.process.data_scale * x0, sigma_data * noise, t)
-        with torch.autocast(x_t.device.type, enabled=False):  # the derivative needs float32 inside attention
+        device = x_t.device.type
+        with torch.autocast(device, enabled=not settings.tangent_float32 and torch.is_autocast_enabled(device)):
             field = lambda x, t: self.flow.velocity(x, t, cond)
             mode, step, last = settings.tangent, settings.tangent_step, self.process.t_max
             self.flow.eval()  # a difference of two dropout masks is no derivative
@@ -152,10 +153,13 @@ class ConsistencyDistillation:
             )
             self.flow.train()
             self._checked = True
-        warmup = (self.steps.count / settings.warmup_steps).clamp(max=1) if settings.warmup_steps else 1.0
-        g = losses.tangent(x_t, t, velocity, derivative, dx_dt, sigma_data, warmup)
+        g = losses.tangent(x_t, t, velocity, derivative, dx_dt, sigma_data, self._warmed(settings.warmup_steps))
         logs: Logs = {"tangent": bin_sums(g.flatten(1).norm(dim=1), u, settings.bins)}
         return losses.normalize_tangent(g, settings.tangent_constant, settings.tangent_norm), logs
+
+    def _warmed(self, steps: int) -> Tensor | float:
+        """The share of ``steps`` that the student has made, at most 1."""
+        return (self.steps.count / steps).clamp(max=1) if steps else 1.0
 
     def _start(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """A generator's input for LADD: pure noise with ``max_time_probability``, else a picture noised afresh."""
