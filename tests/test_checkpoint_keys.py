@@ -172,6 +172,23 @@ def test_networks_that_ask_for_more_than_prompts_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("alpha", [False, True])
+def test_pixart_is_told_sizes_where_stock_tells_them(alpha: bool, tmp_path: Path) -> None:
+    """PixArt-alpha's networks of 1024 pixels alone ask for them."""
+    pipe = families.FAMILIES["pixart_sigma"]()
+    sizes = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    for side, asks in ((8, True), (128, True), (128, False), (128, None)):
+        network = type(pipe.transformer)(**sizes | {"sample_size": side, "use_additional_conditions": asks})
+        pipe.register_modules(transformer=network)
+        kind = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
+        kind(**pipe.components).save_pretrained(tmp_path / "teacher")
+        if asks is False or (alpha and side == 128):
+            assert asked(tmp_path / "teacher")[1].isfinite().all()
+            continue
+        with pytest.raises(UserError, match=f"use_additional_conditions {asks}, sample_size {side}: the network asks"):
+            load(tmp_path / "teacher", 16, 32)
+
+
 def test_a_refiner_is_no_base(tmp_path: Path) -> None:
     pipe = families.stable_diffusion_xl()
     sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}

@@ -59,6 +59,8 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ({"method__divergence": "kl"}, "method.divergence: Input should be 'reverse_kl'"),
         ({"data__kind": "conditions_only", "method__kind": "diff_instruct"}, "data.path: unknown key"),
         ({"train": 3}, "train: Input should be"),
+        ({"train__steps": 10**30}, "train.steps: Value error, a whole number beyond 64 bits"),
+        ({"classes": [10**30]}, "classes: Value error, a whole number beyond 64 bits"),
     ],
 )
 def test_mistakes_in_the_file(

@@ -3,9 +3,11 @@
 from typing import Any, ClassVar
 
 import torch
+from diffusers import PixArtAlphaPipeline
 from torch import Tensor
 
 from models.condition import Condition
+from models.errors import UserError
 from models.teachers.pipeline import PipelineNetwork
 
 
@@ -14,6 +16,17 @@ class PixArt(PipelineNetwork):
 
     length = 300
     call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+
+    @classmethod
+    def fitting(cls, config: Any, pipe: Any, channels: int) -> type[PipelineNetwork]:
+        large, asks = config["sample_size"] == 128, config["use_additional_conditions"]
+        if (large if asks is None else asks) and not (large and isinstance(pipe, PixArtAlphaPipeline)):
+            raise UserError(
+                f"teacher: transformer/config.json: use_additional_conditions {asks}, sample_size "
+                f"{config['sample_size']}: the network asks for the picture's sizes, which {type(pipe).__name__} does "
+                "not give it; PixArtAlphaPipeline does where sample_size is 128"
+            )
+        return cls
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
