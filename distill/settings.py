@@ -1022,7 +1022,10 @@ def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
 
 def show_help(path: Path | None) -> None:
     """Every key with its meaning; with a file, that file's method and values."""
-    epilogue = "--dry-run prints the resolved configuration with an estimate of time and memory, and ends."
+    epilogue = (
+        "--dry-run prints the resolved configuration with an estimate of time and memory, and ends. Each key is given "
+        "once, a section before keys of its own."
+    )
     if path is None:
         print(f"usage: train.py --config FILE [--key.sub value ...] [--dry-run]\n\n{epilogue}")
         print("--config FILE --help shows every key of that file's kind of run, and its values as defaults.")
