@@ -2,7 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile, TarInfo
+from tarfile import (
+    EOFHeaderError,  # type: ignore[attr-defined]
+    HeaderError,
+    ReadError,
+    TarFile,
+    TarInfo,
+)
 from typing import Self
 from unittest import mock
 
