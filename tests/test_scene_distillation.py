@@ -134,7 +134,7 @@ def test_the_trained_critic_approaches_the_exact_score():
         for colour in ("red", "blue"):
             solid = solids.Solid("cube", colour, (0.0, -0.3, 0.0), 0.8, yaw=10.0)
             scene = solids.Scene((solid,), camera[0], captions.parse("a photo of a cube"), 0.5, 0.0)
-            pictures.append(solids.render([scene], 64, camera).images)
+            pictures.append(solids.render([scene], spec.picture[1], camera).images)
         x0 = spec.encode(torch.cat(pictures))
     process, count = denoiser.process, 4
     cond = Condition(camera=camera_to_world(camera * count).flatten(1))
