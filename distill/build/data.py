@@ -39,10 +39,8 @@ from models.teachers import class_names
 
 Shape = tuple[int, int, int]
 
-
 BUILDERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "parquet", "text", "webdataset"}
 """Names of readers in the place of a data set's."""
-
 
 EXAMPLES = 20
 """Pictures or prompts of a sample grid."""
