@@ -40,7 +40,7 @@ from models.scene.captions import (
     things_of,
 )
 from models.scene.solids import sample_turntable
-from models.teachers import load, sana
+from models.teachers import load, miniature
 from models.teachers.sana import SanaSpec
 
 LINKS = ("", "and", *RELATIONS)
@@ -179,10 +179,12 @@ class Reader(nn.Module):
 def main(options: Options) -> None:
     """Train, say what share of held-out captions is read without a mistake, write."""
     torch.manual_seed(options.seed)
-    tokenizer = sana.new_tokenizer(VOCABULARY, options.max_length)
+    tokenizer = miniature.new_tokenizer(VOCABULARY, options.max_length)
     tokenizer.padding_side = "right"
     if options.start is None:
-        encoder: nn.Module = sana.new_text_encoder(len(tokenizer), options.width, options.depth, options.max_length)
+        encoder: nn.Module = miniature.new_text_encoder(
+            len(tokenizer), options.width, options.depth, options.max_length
+        )
     else:
         spec = load(options.start)[1]
         if not isinstance(spec, SanaSpec):

@@ -24,7 +24,7 @@ from models.denoiser import Denoiser, Guided
 from models.errors import UserError
 from models.process import EDM
 from models.scene import captions
-from models.teachers import base, load, sana
+from models.teachers import base, load, miniature, sana
 from models.teachers.embedded import PatchUNet, Spec
 from models.teachers.sana import SanaNetwork, SanaSpec
 
@@ -33,7 +33,7 @@ def _new_autoencoder(settings: Autoencoder) -> AutoencoderDC:
     """One with random weights, or with those of the autoencoder that it starts from; UserError if that has other
     latents."""
     sizes = settings.channels, settings.latent_channels, settings.layers
-    vae = sana.new_autoencoder(*sizes, settings.decoder_channels, settings.decoder_layers)
+    vae = miniature.new_autoencoder(*sizes, settings.decoder_channels, settings.decoder_layers)
     if settings.start is None:
         return vae
     old = autoencoder.load(settings.start)
@@ -71,8 +71,8 @@ def sana_spec(sizes: SanaSize, picture: Shape) -> SanaSpec:
     ratio = vae.spatial_compression_ratio
     if picture[1] % ratio:
         raise UserError(f"data.size: {picture[1]} is not a multiple of {ratio}, the autoencoder's")
-    tokenizer = sana.new_tokenizer(captions.VOCABULARY, sizes.max_length)
-    text_encoder: nn.Module = sana.new_text_encoder(
+    tokenizer = miniature.new_tokenizer(captions.VOCABULARY, sizes.max_length)
+    text_encoder: nn.Module = miniature.new_text_encoder(
         len(tokenizer), sizes.text_width, sizes.text_depth, sizes.max_length
     )
     if sizes.text_encoder is not None:
@@ -94,7 +94,7 @@ def _sana(config: Config, settings: Pretrain, sizes: SanaSize, shape: Shape) -> 
     if not isinstance(config.data, SolidsData | PrecomputedData):
         raise UserError("data.kind: a text-to-image teacher learns from pictures with captions: choose solids")
     spec = sana_spec(sizes, shape)
-    transformer = sana.new_transformer(spec.shape[0], spec.shape[1], sizes.width, sizes.depth, sizes.text_width)
+    transformer = miniature.new_transformer(spec.shape[0], spec.shape[1], sizes.width, sizes.depth, sizes.text_width)
     if sizes.start is not None:
         other, its_spec = load(sizes.start)
         if not isinstance(its_spec, SanaSpec):
