@@ -102,7 +102,7 @@ def check_scores(config: Config, spec: Spec) -> None:
     if n == 0:
         return
     from eval.features import FashionCNN
-    from eval.fid import MIN_IMAGES
+    from eval.scoring import MIN_IMAGES
 
     student = isinstance(spec, ClassSpec) and not isinstance(config.method, Pretrain)
     if not student or spec.picture != FashionCNN.shape or n < MIN_IMAGES:

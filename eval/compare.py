@@ -33,6 +33,7 @@ from eval import fid
 from eval.benchmark import dry_run
 from eval.features import Protocol, load_extractor, weights_digest
 from eval.reference import load_reference
+from eval.scoring import protocol
 from models import teachers
 from models.errors import UserError, run_command
 from models.yaml_text import read_yaml
@@ -156,7 +157,7 @@ class Record:
             raise UserError(f"{self.folder} has no teacher: there is nothing to compare")
         student = self.folder / "student"
         spec, judge = teachers.load_class_conditional(student)[1], load_extractor("fd_fmnist_cnn", "cpu")
-        rules = fid.protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
+        rules = protocol(judge, load_reference(judge.name), num_images, 0, spec.num_classes)
         key = f"{rules.digest()} {weights_digest(student)}"
         if self.values.get("scored") != key:
             result = fid.evaluate(student, teachers.resolve(settings["teacher"]["path"]), num_images, timed=False)
