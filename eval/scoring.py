@@ -73,7 +73,7 @@ def protocol(
     if stated != extractor.sha256:
         raise UserError(
             f"the reference {reference.name}.npz was made with other weights of {extractor.name}: "
-            "run `python -m distill.references`, or `python -m eval.reference` for your own"
+            "run `python -m distill.workshop.references`, or `python -m eval.reference` for your own"
         )
     if reference.statistics.provenance.get("resize", extractor.resize) != extractor.resize:
         raise UserError(

@@ -20,10 +20,10 @@ from diffusers.schedulers import scheduling_scm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from distill import embed
 from distill.build import build_method, build_stream
 from distill.methods.autoencoder import Reconstruction
 from distill.settings import Config
+from distill.workshop import embed
 from eval import text_to_image
 from eval.latency import PARTS, as_text, measure
 from eval.text_to_image import painter

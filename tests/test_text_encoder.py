@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from distill import text_encoder
-from distill.text_encoder import LINKS, OWN, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
+from distill.workshop import text_encoder
+from distill.workshop.text_encoder import LINKS, OWN, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
 from models.errors import UserError
 from models.scene.captions import COLOURS, SEEN, SHAPES, VOCABULARY, Metadata, draw, parse, seen
 from models.teachers import miniature

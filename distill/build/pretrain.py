@@ -81,7 +81,8 @@ def sana_spec(sizes: SanaSize, picture: Shape) -> SanaSpec:
             text_encoder.load_state_dict(load_file(weights))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"method.sana.text_encoder: {weights} is missing or of other sizes: `python -m distill.text_encoder`"
+                f"method.sana.text_encoder: {weights} is missing or of other sizes: "
+                "`python -m distill.workshop.text_encoder`"
             ) from error
     examples = tuple(m["prompt"] for m in captions.prompts(captions.EVALUATION, EXAMPLES))
     shape = (vae.config["latent_channels"], picture[1] // ratio, picture[1] // ratio)

@@ -58,7 +58,7 @@ class SanaSize(Schema):
     max_length: int = Field(default=16, gt=0)
     """Tokens of a prompt."""
     text_encoder: Path | None = None
-    """Folder of `python -m distill.text_encoder`, of these sizes; null: one that knows nothing."""
+    """Folder of `python -m distill.workshop.text_encoder`, of these sizes; null: one that knows nothing."""
     start: Path | None = None
     """Teacher of the same sizes and in the same latents whose weights to start from; null: new ones."""
 

@@ -1,4 +1,6 @@
-"""Train a text encoder to read captions of the solids world: python -m distill.text_encoder runs/solids/text_encoder
+"""Train a text encoder to read captions of the solids world.
+
+python -m distill.workshop.text_encoder runs/solids/text_encoder
 
 Real Sana's text encoder is a language model that was trained before. Trained with the pictures alone, a small one
 learns what words mean, and hardly which colour belongs to which solid or which solid stands left. Here it is taught to
@@ -6,8 +8,8 @@ say so in every word: linear heads on the first token must name everything in th
 solid and colour what belongs to it: shape, colour, place, the other solid, the count. Then the heads are dropped.
 
 Cross-attention reads single words, so what counts is how much a solid's word differs when another word does:
-``python -m distill.text_encoder`` prints that change for exchanged colours and relations, beside the share of held-out
-captions that are read without a mistake.
+``python -m distill.workshop.text_encoder`` prints that change for exchanged colours and relations, beside the share of
+held-out captions that are read without a mistake.
 """
 
 import random
