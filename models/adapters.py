@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from models.condition import Condition
 from models.denoiser import CoreNetwork
 from models.errors import UserError
-
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Projections of attention, as diffusers' transformers and U-Nets call them."""
+from models.lora_targets import TARGETS
 
 
 def _layers(network: nn.Module) -> dict[str, LoraLayer]:

@@ -11,7 +11,8 @@ from distill.bad_samples import BadSamples
 from distill.class_names import KnownClasses
 from distill.data.batch import Batch
 from distill.data.sample import Sample, all_texts, collate, fitted, following, mode_of
-from distill.picture_folder import CaptionsFrom, PictureFolder
+from distill.picture_folder import PictureFolder
+from distill.settings.data import CaptionsFrom
 from eval.pictures import warn_left_out
 from models.errors import BadSample, UserError
 from models.pictures import Background, decode

@@ -13,7 +13,7 @@ from distill.settings.multi_student import MultiStudent
 from distill.settings.pretrain import Autoencoder, Pretrain, ScoreMatching
 from distill.settings.scene import SceneDistillation
 from distill.settings.train import Evaluation, Optimizer, Train
-from models.adapters import TARGETS
+from models.lora_targets import TARGETS
 
 
 class Teacher(Schema):

@@ -6,9 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from distill.class_names import ClassesBy
-from distill.picture_folder import CaptionsFrom
 from distill.schema import Schema
 from models.pictures import Background
+
+CaptionsFrom = Literal["auto", "files", "metadata", "none"]
 
 
 class FashionMNISTData(Schema):

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -149,6 +148,8 @@ def show_help(path: Path | None) -> None:
         print(f"usage: train.py --config FILE [--key.sub value ...] [--dry-run]\n\n{epilogue}")
         print("--config FILE --help shows every key of that file's kind of run, and its values as defaults.")
         return
+    import tyro
+
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     description = f"Defaults are the values of {path}. {epilogue}"
     tyro.cli(
