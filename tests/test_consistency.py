@@ -394,6 +394,15 @@ def test_the_tangent_warms_up_with_student_steps_and_the_count_is_saved() -> Non
     assert float(method.steps.count) == 3
 
 
+def test_the_adversarial_term_warms_up_with_student_steps() -> None:
+    method, _, _, turn = build(ladd=LADD(taps=TAPS, width=8, weight=0.5, warmup_steps=2), guidance=[1.0])
+    shares = []
+    for _ in range(4):
+        loss, logs = method.student_loss(turn())
+        shares.append(float((loss.detach() - logs["consistency"]) / logs["adversarial"]))  # type: ignore[operator]
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.5], abs=1e-3)
+
+
 def test_training_needs_no_teacher() -> None:
     method, teacher, _, turn = build(target="training", ladd=None)
     loss, _ = method.student_loss(turn())

@@ -120,7 +120,7 @@ class ConsistencyDistillation:
             noised = self.process.add_noise(samples, draws.normal(*x0.shape[1:]), s)
             logits = self.networks["discriminator"](self._features(noised, s, cond))
             adversarial = losses.hinge_generator(logits).mean()
-            loss = loss + self.ladd.weight * adversarial
+            loss = loss + self.ladd.weight * self._warmed(self.ladd.warmup_steps) * adversarial
             logs["adversarial"] = adversarial.detach()
         if turn.micro == 0:
             self.steps.count += 1
@@ -153,10 +153,13 @@ class ConsistencyDistillation:
             )
             self.flow.train()
             self._checked = True
-        warmup = (self.steps.count / settings.warmup_steps).clamp(max=1) if settings.warmup_steps else 1.0
-        g = losses.tangent(x_t, t, velocity, derivative, dx_dt, sigma_data, warmup)
+        g = losses.tangent(x_t, t, velocity, derivative, dx_dt, sigma_data, self._warmed(settings.warmup_steps))
         logs: Logs = {"tangent": bin_sums(g.flatten(1).norm(dim=1), u, settings.bins)}
         return losses.normalize_tangent(g, settings.tangent_constant, settings.tangent_norm), logs
+
+    def _warmed(self, steps: int) -> Tensor | float:
+        """The share of ``steps`` that the student has made, at most 1."""
+        return (self.steps.count / steps).clamp(max=1) if steps else 1.0
 
     def _start(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """A generator's input for LADD: pure noise with ``max_time_probability``, else a picture noised afresh."""

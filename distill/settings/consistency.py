@@ -14,6 +14,8 @@ class LADD(Schema):
 
     weight: float = Field(default=0.5, ge=0)
     """Weight of the hinge term in the student's loss; tied to consistency's tangent_norm l2. 0: no discriminator."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Student steps in which the weight rises from 0: the discriminator learns first."""
     taps: list[str] = Field(min_length=1)
     """Blocks of the frozen teacher whose outputs the heads see."""
     width: int | None = Field(default=None, gt=0)
