@@ -66,6 +66,16 @@ class KnownClasses:
             )
         return found
 
+    def check_places(self, names: Sequence[str]) -> None:
+        """UserError if a class that data know by its number has the name of another one of the teacher's."""
+        table = self._table()
+        for i, name in enumerate(names):
+            if (ids := table[_folded(name)]) and i not in ids:
+                raise UserError(
+                    f"data: class {i} is '{name}', which the teacher {self.path} knows as {min(ids)}: its classes are "
+                    "in another order: give pictures in folders of these names, or the teacher that they are made for"
+                )
+
     def _table(self) -> defaultdict[str, set[int]]:
         """Ids by folded name, and by each of its synonyms between commas."""
         table: defaultdict[str, set[int]] = defaultdict(set)

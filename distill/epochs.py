@@ -7,6 +7,7 @@ import zlib
 from tarfile import TarError
 from typing import Any, Protocol
 
+from distill.tars import whole_tars
 from models.errors import UserError
 
 Row = dict[str, Any]
@@ -38,7 +39,8 @@ class Share:
         try:
             if self._rows is None:
                 self._rows = iter(self._dataset)
-            return next(self._rows, None)
+            with whole_tars():
+                return next(self._rows, None)
         except (OSError, EOFError, LookupError, ValueError, TarError, zlib.error) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"data: the stream cannot be read on: {reason}") from error

@@ -3,17 +3,20 @@
 python -m distill.pairs --teacher embedded:fashion_mnist --output data/pairs.safetensors --count 2000
 """
 
+import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import trange
 
 from models.condition import Condition
+from models.denoiser import Denoiser
 from models.errors import UserError, run_command
 from models.seeds import Draws
 from models.student import heun
@@ -24,10 +27,13 @@ class Pairs:
     """``z`` (N, C, H, W), ``class_ids`` (N,), ``target`` (N, C, H, W), drawn uniformly with replacement.
 
     One pair goes with each ``every``-th row of a turn, so that processes sharing a batch draw the same pairs as one.
+    UserError if they are of another shape, or not of the weights of ``teacher``.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], every: int):
+    def __init__(self, path: Path, shape: tuple[int, int, int], every: int, teacher: Denoiser | None = None):
         try:
+            with safe_open(path, "pt") as file:
+                made: dict[str, str] = file.metadata() or {}
             tensors = load_file(path)
             self.z, self.class_ids, self.target = tensors["z"], tensors["class_ids"], tensors["target"]
         except (OSError, SafetensorError, KeyError) as error:
@@ -38,6 +44,13 @@ class Pairs:
             raise UserError(
                 f"method.regression.path: pairs of shape {tuple(self.z.shape[1:])}, the teacher's is {shape}"
             )
+        if teacher is not None and "weights" not in made:
+            print(f"method.regression.path: {path} does not tell whose pairs they are: not compared", file=sys.stderr)
+        elif teacher is not None and made["weights"] != digest(teacher):
+            raise UserError(
+                f"method.regression.path: {path} was made by another teacher, or by other weights of "
+                f"{made.get('teacher')}: run `python -m distill.pairs` again"
+            )
         self.every = every
 
     def sample(self, draws: Draws) -> tuple[Tensor, Condition, Tensor]:
@@ -45,6 +58,15 @@ class Pairs:
         index = (draws.uniform()[:: self.every] * len(self.z)).long().clamp(max=len(self.z) - 1).cpu()
         place = lambda tensor: tensor[index].to(draws.device)
         return place(self.z), Condition(class_ids=place(self.class_ids)), place(self.target)
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of its weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass
@@ -79,7 +101,8 @@ def make(arguments: Arguments) -> None:
         target = heun(denoiser, z, Condition(class_ids=classes), arguments.steps)
         parts.append({"z": z, "class_ids": classes, "target": target})
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, arguments.output)
+    made = {"teacher": arguments.teacher, "weights": digest(denoiser)}
+    save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, arguments.output, made)
 
 
 if __name__ == "__main__":

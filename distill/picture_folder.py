@@ -1,6 +1,5 @@
 """What counts as data in a folder of pictures: classes, pictures, captions, and what is left out."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 from distill.class_names import ordered
 from distill.settings.data import CaptionsFrom
-from eval.pictures import Walk, walk
+from eval.pictures import Walk, walk, warn
 from models.errors import BadSample, UserError
+from models.json_text import read_json
 from models.prompts import captions, decoded, lines
 
 _NAMES = "bmp png jpg jpeg jpe jfif webp tif tiff pgm ppm pbm pnm gif avif jp2"
@@ -83,6 +83,11 @@ class PictureFolder:
         found.files = pictures
         if loose:
             return cls([(path, 0) for path in loose], [folder.resolve().name], None, found)
+        if deeper := sorted({path.parent for path in pictures if path.parent.parent != folder}):
+            warn(
+                f"{folder}: pictures of {len(deeper)} folders within others ({deeper[0].relative_to(folder)}, ...) are "
+                f"of the outer classes ({', '.join(list(groups)[:3])}, ...): data.path is the folder around the classes"
+            )
         names = ordered(list(groups))
         return cls([(path, i) for i, name in enumerate(names) for path in groups[name]], names, None, found)
 
@@ -139,10 +144,12 @@ def _read_metadata(files: list[Path], column: str) -> dict[Path, Any]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = read_json(line)
                 path = Path(os.path.normpath(file.parent / row["file_name"]))
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"data.path: {file}, line {number}: no JSON object with a file_name") from error
+                raise UserError(
+                    f"data.path: {file}, line {number}: no JSON object with a file_name ({error})"
+                ) from error
             if column not in row:
                 raise UserError(
                     f"data.caption_column: {file}, line {number}, has no '{column}'; it has {', '.join(row)}; "

@@ -119,6 +119,8 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
         "source": told(config.data, source),
     }
     state, device = stored.processes()
+    if state.is_main_process and isinstance(spec, TextSpec) and getattr(config.data, "caption", None) == "random":
+        print("data.caption: random: one caption of each picture is kept, always the same", file=sys.stderr)
     if isinstance(spec, SanaSpec):  # convolutions of a CPU take a third less time so
         cast(nn.Module, spec.vae).to(memory_format=torch.channels_last)
     stored.run(stored.Writer(options.output, spec, source, facts, device, options.verify), state)

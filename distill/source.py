@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.data import HFPictures, Pictures, SolidsPictures, Subset
 from distill.settings import ConditionsOnly, Data, FashionMNISTData, HFData, ImageFolderData
+from eval.pictures import walk
 from models.errors import UserError
 
 TEXTS = {".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl"}
@@ -41,7 +42,7 @@ def _local(data: Data) -> list[Path]:
                 return sorted(path for path in map(Path, glob(data.data_files, recursive=True)) if path.is_file())
         case _:
             return []
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return walk(folder, tools=True).files if folder.is_dir() else []
 
 
 def told_by_files(data: Data) -> Told:

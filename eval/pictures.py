@@ -89,13 +89,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def warn_left_out(folder: Path, found: Walk) -> None:
     """A line on what was left out, by the first process, once."""
-    if (said := found.said()) and share()[0] == 0:
-        _say(f"warning: {folder}: {len(found.files)} pictures are read; left out: {said}")
+    if said := found.said():
+        warn(f"{folder}: {len(found.files)} pictures are read; left out: {said}")
 
 
 @cache
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+def warn(line: str) -> None:
+    """A line on stderr, by the first process, once."""
+    if share()[0] == 0:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def picture_files(folder: Path) -> list[Path]:

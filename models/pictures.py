@@ -184,7 +184,7 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("LA", "PA", "RGBA", "RGBa")
+    return image.has_transparency_data
 
 
 def _eight_bits(image: Image.Image, stored: object) -> tuple[Image.Image, Key]:

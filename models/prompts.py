@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import BadSample, UserError
+from models.json_text import read_json
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -32,15 +33,35 @@ def lines(text: str) -> list[str]:
     return [kept for line in text.split("\n") if (kept := line.strip().lstrip("\ufeff").strip())]
 
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml")
+"""Suffixes of text that is more than a prompt in each line."""
+
+
 def read_prompts(path: Path, key: str = "data.prompts") -> list[str]:
-    """The prompts of a text file, one a line; UserError, which names ``key``, if there are none."""
+    """The prompts of a text file, one a line; UserError, which names ``key``, if there are none, or rows of a table."""
     try:
-        found = lines(decoded(path.read_bytes()))
+        text = decoded(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {path} cannot be read: {error}") from error
+    found = lines(text)
     if not found:
         raise UserError(f"{key}: {path} is empty: give at least one prompt, one a line")
+    if "\n" not in text.strip() and "\r" in text.strip():
+        raise UserError(f"{key}: {path} has lines that end at carriage returns alone: save it with newlines")
+    if path.suffix.lower() in TABLES or all(map(_is_record, found)):
+        raise UserError(
+            f"{key}: {path} is a table, of which '{found[0][:60]}' would be a prompt: write the prompts alone into a "
+            "text file, one a line"
+        )
     return found
+
+
+def _is_record(line: str) -> bool:
+    """Whether it is an object or a list of JSON."""
+    try:
+        return isinstance(read_json(line), dict | list)
+    except ValueError:
+        return False
 
 
 def captions(value: Any, name: str, rule: str | None = None) -> tuple[str, ...]:

@@ -209,6 +209,37 @@ def test_every_word_of_a_scheduler_is_heeded(copy: Path, capsys: pytest.CaptureF
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta_schedule": "custom"}, "custom is not"),
+        ({"trained_betas": [0.1, 0.2]}, "2 trained_betas, but num_train_timesteps 1000"),
+    ],
+)
+def test_tables_that_nobody_knows_are_one_line(values: dict[str, Any], message: str, copy: Path) -> None:
+    changed(copy, "scheduler/scheduler_config.json", **values)
+    with pytest.raises(UserError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("model_index.json", "vae"),
+        ("unet/config.json", "sample_size"),
+        ("vae/config.json", "scaling_factor"),
+        ("scheduler/scheduler_config.json", "prediction_type"),
+        ("text_encoder/config.json", "hidden_act"),
+    ],
+)
+def test_a_key_is_given_once(file: str, key: str, copy: Path) -> None:
+    """JSON's readers keep the last one without a word."""
+    text = (copy / file).read_text().rstrip().removesuffix("}").rstrip()
+    (copy / file).write_text(text + f', "{key}": null, "{key}": null}}')
+    with pytest.raises(UserError, match=f"{file} cannot be read: the key '{key}' is given twice"):
+        load(copy)
+
+
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
@@ -299,6 +330,27 @@ def test_what_a_file_says_and_nobody_reads_is_named(
     save_file(whole, tmp_path / "lacking.safetensors")
     with pytest.raises(UserError, match="is no UNet2DConditionModel"):
         load(tmp_path / "lacking.safetensors", 16, 32, base)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "lora_te_x.lora_up.weight"),
+        ("unet.down_blocks.1.attentions.0.proj_in.lora_A.weight",),
+        ("diffusion_model.proj_in.lokr_w1",),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_adapters_are_no_network_and_are_not_left_out(
+    names: tuple[str, ...], alone: bool, base: Path, copy: Path, tmp_path: Path
+) -> None:
+    adapter = {name: torch.ones(2, 2) for name in names}
+    save_file(({} if alone else load_file(base / UNET)) | adapter, tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match=r"f.safetensors: .*an adapter .* merge it into"):
+        load(tmp_path / "f.safetensors", 16, 32, base)
+    save_file(load_file(base / UNET) | adapter, copy / UNET, {"format": "pt"})
+    with pytest.raises(UserError, match=r"unet: .*an adapter"):
+        load(copy)
 
 
 def scaled(state: dict[str, Tensor], mark: str, rows: bool) -> dict[str, Tensor]:

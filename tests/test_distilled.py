@@ -48,6 +48,12 @@ def test_a_card_says_so_in_words(card: str, expected: bool, tmp_path: Path) -> N
     assert distilled.reason(PLAIN, {"is_distilled": True}, None)
 
 
+def test_a_card_that_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("---\ntags: [a]\ntags: [lcm]\n---\n")
+    assert distilled.reason(PLAIN, {}, tmp_path / "README.md") == ""
+    assert "README.md: its metadata are not read: line 2: the key 'tags' is given twice" in capsys.readouterr().err
+
+
 def asked(base: Path, teacher: Path, guidance: float = 7.5, **more: Any) -> TextSpec:
     settings = values(base, teacher, "run", f_distill("stable_diffusion"), False, guidance)
     settings["teacher"] |= more

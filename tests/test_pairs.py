@@ -17,7 +17,7 @@ from models.errors import UserError
 from models.seeds import Draws
 from models.student import heun
 from models.teachers import load
-from tests.tiny import ROOT, environment, settings
+from tests.tiny import ROOT, environment, save_network, settings
 
 SHAPE = (1, 16, 16)
 
@@ -81,6 +81,20 @@ def test_regression_alone_moves_the_student_onto_its_pairs(base: Path):
     for _ in range(60):
         trainer.turn("student", 0)
     assert error() < start / 2
+
+
+def test_pairs_are_of_the_teacher_that_made_them(base: Path, capsys: pytest.CaptureFixture[str]):
+    regression = {"path": str(base / "pairs.safetensors")}
+    method = {"kind": "dmd2", "gan": {"width": 8}, "regression": regression}
+    save_network(base / "other", None, 1, size=16, classes=2)
+    config = settings(base, method=method, teacher__path=str(base / "other"))
+    with pytest.raises(UserError, match=r"pairs.safetensors was made by another teacher, .*distill.pairs` again"):
+        build(Config.model_validate(config))
+    old = load_file(base / "pairs.safetensors")  # as earlier versions wrote them
+    save_file(old, base / "old.safetensors")
+    teacher, _ = load(base / "other")
+    Pairs(base / "old.safetensors", SHAPE, 1, teacher)
+    assert "does not tell whose pairs they are" in capsys.readouterr().err
 
 
 def test_a_wrong_file_is_one_line(base: Path):

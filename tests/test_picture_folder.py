@@ -13,7 +13,7 @@ from PIL import Image
 
 from distill.build import build_stream, load_teacher
 from distill.class_names import KnownClasses
-from distill.data import HFPictures, ImageFolder, StreamedPictures
+from distill.data import Columns, HFPictures, ImageFolder, StreamedPictures
 from distill.run import build
 from distill.settings import Config
 from models import teachers
@@ -48,6 +48,17 @@ def test_what_programs_leave_behind_is_no_class(tmp_path: Path):
     said = found.content.walked.said()
     assert "5 hidden or made by a program" in said and "1 folders without pictures (empty)" in said
     assert "1 no pictures (notes.json)" in said
+
+
+def test_folders_within_class_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As where the folder above train/ and val/ is given."""
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png"):
+        picture(tmp_path / name)
+    assert ImageFolder(tmp_path, 8, 1).class_names == ["train", "val"]
+    said = "pictures of 3 folders within others (train/cat, ...) are of the outer classes (train, val, ...)"
+    assert said in capsys.readouterr().err
+    assert ImageFolder(tmp_path / "train", 8, 1).class_names == ["cat", "dog"]
+    assert "outer" not in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_said_when_a_run_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -114,6 +125,14 @@ def test_position_and_a_single_class():
     assert KnownClasses(NAMES, "t", "position").ids(["dog", "cat"]) == [0, 1]
     assert KnownClasses(["all"], "t").ids(["whatever"]) == [0]
     assert KnownClasses(["tench, Tinca tinca", "goldfish"], "t").ids(["goldfish", "Tinca tinca"]) == [1, 0]
+
+
+def test_numbers_are_of_the_classes_that_they_name():
+    KnownClasses(NAMES, "t").check_places(NAMES[:3])
+    KnownClasses([str(i) for i in range(10)], "t").check_places(NAMES)  # a teacher without names
+    KnownClasses(["crane", "ibis", "crane"], "t").check_places(["crane", "Ibis", "crane"])
+    with pytest.raises(UserError, match="class 0 is 'bag', which the teacher t knows as 8: its classes are in another"):
+        KnownClasses(NAMES, "t").check_places(["bag", "coat"])
 
 
 def folder_of(base: Path, names: list[str]) -> dict[str, Any]:
@@ -218,6 +237,10 @@ def test_metadata(tmp_path: Path):
     assert ImageFolder(folder, 8, 1, caption="first").get([0, 1]).captions == ("a\u2028cube", "x")
     with pytest.raises(UserError, match=r"c\.png has 2 captions: give first or random"):
         ImageFolder(folder, 8, 1).get([0, 1])
+    (folder / "metadata.jsonl").write_text(text.replace('"text": ["x"', '"text": 1, "text": ["x"'))
+    with pytest.raises(UserError, match=r"line 2: .*the key 'text' is given twice"):
+        ImageFolder(folder, 8, 1)
+    (folder / "metadata.jsonl").write_text(text)
     with pytest.raises(UserError, match="line 1, has no 'prompt'; it has file_name, text"):
         ImageFolder(folder, 8, 1, caption_column="prompt")
     (folder / "a.txt").write_text("other")
@@ -346,6 +369,46 @@ def test_a_shard_that_is_cut_off_is_one_line(tmp_path: Path):
             for _ in range(8):
                 stream.next()  # type: ignore[union-attr]
         assert "\n" not in " ".join(str(caught.value).split())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("damage", ["at a header", "in a header", "header", "no"])
+def test_no_sample_of_a_shard_is_lost_without_a_word(tmp_path: Path, streaming: bool, damage: str):
+    """Python takes a header that is missing, cut off or damaged for the end of the archive."""
+    files = shard(tmp_path / "s/0.tar", 12)
+    content, place = bytearray(files.read_bytes()), 2 * 4 * 1024  # of the ninth member, the fifth picture
+    match damage:
+        case "at a header":
+            content = content[:place]
+        case "in a header":
+            content = content[: place + 200]
+        case "header":
+            content[place + 3] ^= 1
+        case _:
+            content = content[: 12 * 2 * 1024 + 512]  # one block of zeros does
+    files.write_bytes(content)
+    data = {"kind": "hf_dataset", "path": "webdataset", "data_files": str(files), "image_column": "png", "size": 8}
+    data |= {"channels": 1, "label_column": None, "streaming": streaming}
+    config = Config.model_validate(settings(tmp_path, data=data, train__batch_size=4))
+
+    def read() -> set[int]:
+        stream = build_stream(config, 0, 1)[0]
+        assert stream is not None
+        return {value for _ in range(3) for value in values(stream.next())}
+
+    if damage == "no":
+        assert read() == {10 * i for i in range(12)}
+    else:
+        with pytest.raises(UserError, match=f"cut off or damaged at byte {place}"):
+            read()
+
+
+@pytest.mark.parametrize("label", [1.5, float("nan"), float("inf"), -1, "shirt", None, ""])
+def test_a_label_is_a_whole_number(label: Any):
+    columns = Columns("image", "label")
+    assert columns.class_id(2.0) == 2 == columns.class_id("2") == columns.class_id(b"2\n")
+    with pytest.raises(UserError, match="not a number from 0 on"):
+        columns.class_id(label)
 
 
 def test_pictures_in_columns_of_other_types(tmp_path: Path):

@@ -517,6 +517,26 @@ def test_latents_whose_pictures_have_changed_are_not_trained_on(
     build_stream(config, 0, 1)
 
 
+def test_pictures_of_linked_folders_are_noticed(tmp_path: Path):
+    config = settings(tmp_path)
+    (tmp_path / "pictures" / "trouser").rename(tmp_path / "elsewhere")
+    (tmp_path / "pictures" / "trouser").symlink_to(tmp_path / "elsewhere")
+    make(tmp_path, config, "latents")
+    Image.new("L", (40, 30), 3).save(sorted((tmp_path / "elsewhere").iterdir())[0])
+    with pytest.raises(UserError, match="made of other pictures or captions"):
+        make(tmp_path, config, "latents")
+    with pytest.raises(UserError, match="whose files or captions have changed"):
+        build_stream(Config.model_validate(config | {"data": precomputed(tmp_path)}), 0, 1)
+
+
+def test_numbers_of_classes_are_of_one_teacher(tmp_path: Path, classes: dict[str, Any]):
+    """Another whose classes are in another order would be told the wrong ones."""
+    index = tmp_path / "teacher" / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps(values | {"class_names": values["class_names"][::-1]}))
+    assert "'T-shirt', which the teacher" in error(classes | {"data": precomputed(tmp_path)})
+
+
 def test_captions_that_have_changed_are_noticed(base: Path, tmp_path: Path):
     """In as many letters; both those of pictures and those of a file of prompts."""
     config = configuration(tmp_path, teacher=configuration(base)["teacher"])

@@ -51,6 +51,27 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, data: bytes, words: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.csv", b"prompt,seed\na red cube,1\n", "is a table, of which 'prompt,seed' would be a prompt"),
+        ("p.jsonl", b'{"prompt": "a red cube"}\n', "is a table"),
+        ("p.txt", b'{"prompt": "a red cube"}\r\n{"prompt": "a sphere"}\r\n', "is a table"),
+        ("p.txt", b'["a red cube", "a sphere"]', "is a table"),
+        ("p.txt", b"a red cube\ra sphere\r", "carriage returns alone"),
+    ],
+)
+def test_rows_of_a_table_are_no_prompts(tmp_path: Path, name: str, data: bytes, words: str):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        read_prompts(tmp_path / name)
+
+
+def test_a_prompt_may_look_like_a_record(tmp_path: Path):
+    (tmp_path / "p.txt").write_text('{a red cube}\n["a sphere"]\na, b\n')
+    assert read_prompts(tmp_path / "p.txt") == ["{a red cube}", '["a sphere"]', "a, b"]
+
+
+@pytest.mark.parametrize(
     ("value", "rule", "wanted"),
     [
         ("a cube ", None, ("a cube",)),

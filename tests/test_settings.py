@@ -206,6 +206,28 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path):
     assert train("--config", config).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.steps", "3", "--train.steps=4"], "--train.steps is given twice"),
+        (["--train.batch_size", "3", "--train.batch-size", "4"], "--train.batch-size is given twice"),
+        (["--data.size", "3", "--data", "{kind: solids}"], "--data would take away --data.size"),
+        (["--config", "b.yaml"], "--config is given twice"),
+        (["--prompt", "a", "--prompt", "b"], "--prompt is given twice"),
+        (["--prompt", "a", "--method.prompt", "b"], "--method.prompt is given twice"),
+    ],
+)
+def test_a_key_is_given_once_on_the_command_line_too(base: Path, arguments: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        parse(["--config", str(base / "run.yaml"), *arguments])
+
+
+def test_a_section_may_stand_before_its_keys(base: Path):
+    line = ["--config", str(base / "run.yaml"), "--student", "{lr: 1.0}", "--student.eps", "0.5", "--train.seed", "3"]
+    config, _ = parse(line)
+    assert (config.student.lr, config.student.eps, config.train.seed) == (1.0, 0.5, 3)
+
+
 def test_overrides_are_read_as_yaml(base: Path):
     line = ["--config", str(base / "run.yaml"), "--student.lr", "1e-5", "--train.ema-decay=0.5", "--dry-run"]
     config, dry = parse([*line, "--method.gan.taps", "[unet.mid_block, unet.down_blocks.0]"])

@@ -34,6 +34,7 @@ from distill.settings import (
 )
 from distill.source import check_unchanged
 from distill.stored import Stored
+from distill.tars import whole_tars
 from models.errors import UserError
 from models.teachers import class_names
 
@@ -61,9 +62,10 @@ def hf_dataset(data: HFData, seed: int = 0) -> Any:
                 f"data.data_files: there is no file {data.data_files}: wildcards are *, ** and ?, not {{000..009}}"
             )
     try:
-        dataset: Any = datasets.load_dataset(
-            data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
-        )
+        with whole_tars():
+            dataset: Any = datasets.load_dataset(
+                data.path, data_files=data.data_files, split=data.split, streaming=data.streaming
+            )
     except (OSError, ValueError, LookupError, EOFError, TarError, DatasetsError) as error:
         reason = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         raise UserError(f"data.path: {data.path} cannot be loaded: {' '.join(reason.split())[:300]}") from error

@@ -139,7 +139,9 @@ def build_matching(
         discriminator = Discriminator(feature_channels(denoiser, gan.taps, spec.shape, spec.preview(1)), gan.width)
     if not isinstance(spec, Spec) and (settings.regression or settings.clip_samples):
         raise UserError("method: regression and clip_samples are for students of classes in pixel space")
-    pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every) if settings.regression else None
+    pairs = None
+    if settings.regression is not None:
+        pairs = Pairs(settings.regression.path, spec.shape, settings.regression.every, denoiser)
     row = build_row(settings)
     denoiser.requires_grad_(False)
     network, own, critic = _start(config, settings, denoiser, spec)

@@ -6,10 +6,12 @@ from dataclasses import replace
 import torch
 
 from distill.build.data import Shape, all_texts, has_classes, is_folder
+from distill.class_names import KnownClasses
 from distill.settings import (
     ConditionsOnly,
     Config,
     Consistency,
+    FashionMNISTData,
     HFData,
     ImageFolderData,
     PrecomputedData,
@@ -73,6 +75,8 @@ def load_teacher(
         raise UserError(f"teacher.guidance: {teacher.path} knows no classes, hence no guidance: give 1")
     if len(class_names) > spec.num_classes:
         raise UserError(f"data: {len(class_names)} classes, but the teacher {teacher.path} knows {spec.num_classes}")
+    if isinstance(config.data, FashionMNISTData | PrecomputedData):
+        KnownClasses(spec.class_names, teacher.path).check_places(class_names)
     if config.classes is not None and not set(config.classes) <= set(range(spec.num_classes)):
         raise UserError(f"classes: {config.classes} are not among the teacher's 0 to {spec.num_classes - 1}")
     return denoiser, spec

@@ -55,9 +55,10 @@ class Columns:
         """Of what ``label`` has for a picture; UserError if that is no number from 0 on."""
         try:
             number = int(value)
-        except (TypeError, ValueError):
-            number = -1
-        if number < 0 or (self.ids is not None and number >= len(self.ids)):
+            whole = not isinstance(value, float) or value == number
+        except (TypeError, ValueError, OverflowError):
+            number, whole = -1, False
+        if number < 0 or not whole or (self.ids is not None and number >= len(self.ids)):
             raise UserError(f"data.label_column: '{self.label}' has {value!r:.40} for a class, not a number from 0 on")
         return number if self.ids is None else self.ids[number]
 

@@ -115,8 +115,11 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
-    """``values`` with ``--dotted.key value`` or ``--dotted.key=value`` put in; values are read as YAML."""
-    values, rest = copy.deepcopy(values), list(arguments)
+    """``values`` with ``--dotted.key value`` or ``--dotted.key=value`` put in; values are read as YAML.
+
+    UserError for a key that is given twice, as in a file.
+    """
+    values, rest, given = copy.deepcopy(values), list(arguments), list[str]()
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
@@ -126,7 +129,12 @@ def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
             if not rest:
                 raise UserError(f"command line: --{key} has no value")
             text = rest.pop(0)
-        *parents, last = key.replace("-", "_").split(".")
+        name = key.replace("-", "_")
+        if lost := [before for before in given if f"{before}.".startswith(f"{name}.")]:
+            said = "is given twice" if lost[0] == name else f"would take away --{lost[0]}, which stands before it"
+            raise UserError(f"command line: --{key} {said}: give each key once, a whole section before its keys")
+        given.append(name)
+        *parents, last = name.split(".")
         place = values
         for parent in parents:
             if not isinstance(place.get(parent), dict):
@@ -157,13 +165,20 @@ def show_help(path: Path | None) -> None:
     )
 
 
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise UserError(f"command line: --{self.dest} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """The configuration that a command line asks for, and whether it is only to be shown (``--dry-run``)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, action=_Once)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--prompt")
+    parser.add_argument("--prompt", action=_Once)
     known, rest = parser.parse_known_args(argv)
     if known.prompt is not None:
         rest = ["--method.prompt", json.dumps(known.prompt, ensure_ascii=False), *rest]  # whatever YAML makes of it

@@ -21,6 +21,7 @@ from eval.geneval.judge import Detection, Options, judge, summarize
 from eval.pictures import read_picture
 from models.errors import UserError
 from models.folders import replace_text
+from models.json_text import read_json
 from models.scene.captions import Metadata
 
 Paints = Callable[[Sequence[str], Sequence[int]], Tensor]
@@ -109,7 +110,7 @@ def pictures(folder: Path, rank: int = 0, world: int = 1) -> list[Picture]:
     every = sorted(path for path in folder.glob("*") if re.fullmatch(r"\d+", path.name))
     for own in (path for path in every if int(path.name) % world == rank):
         try:
-            metadata = json.loads((own / "metadata.jsonl").read_text())
+            metadata = read_json((own / "metadata.jsonl").read_text(encoding="utf-8-sig"))
             _ = metadata["tag"], metadata["prompt"], metadata["include"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{own / 'metadata.jsonl'} is no line of GenEval's metadata: {error}") from error

@@ -1,6 +1,5 @@
 """Teachers: one file per family; :func:`load` finds the family of a folder."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 
 from models.denoiser import Denoiser
 from models.errors import UserError
-from models.teachers import class_pipeline, embedded, pipeline, sana
+from models.teachers import class_pipeline, embedded, keys, pipeline, sana
 from models.teachers.base import ClassSpec, TextSpec
 from models.teachers.class_pipeline import ClassNetwork
 from models.teachers.ddpm import DDPM
@@ -89,7 +88,7 @@ def _parts(path: str | Path, config: str | Path | None) -> tuple[Path, Path | No
 
 def _pipeline_class(folder: Path) -> Any:
     """A stock pipeline's name, or a list for a pipeline of its own."""
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return keys.read(folder / "model_index.json")["_class_name"]
 
 
 def class_names(path: str | Path, config: str | Path | None = None) -> list[str] | None:
@@ -133,7 +132,7 @@ def load(
         if issubclass(family, ClassNetwork):
             return class_pipeline.load(folder, kind, family, size, weights)
         return pipeline.load(folder, kind, family, size, tokens, weights)
-    except (OSError, KeyError, TypeError, ValueError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, NotImplementedError, SafetensorError) as error:
         raise _unreadable(path, folder, error) from error
 
 

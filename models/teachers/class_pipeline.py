@@ -3,7 +3,6 @@
 A family (models/teachers/{dit,ddpm}.py) says how its network is called; see models/teachers/pipeline.py for the rest.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from models.condition import Condition
 from models.denoiser import CoreNetwork, Denoiser
 from models.errors import UserError
 from models.process import Process
+from models.teachers import keys
 from models.teachers.base import ClassSpec, StepTimes, later_times
 from models.teachers.files import opened
 from models.teachers.latents import checked
@@ -120,14 +120,14 @@ images = pipe({arguments}).images"""
 def _names(folder: Path, count: int) -> list[str]:
     """Of the classes: studio.json's, or id2label's in model_index.json, or their numbers."""
     if (folder / "studio.json").is_file():
-        return json.loads((folder / "studio.json").read_text())["class_names"]
-    labels = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+        return keys.read(folder / "studio.json")["class_names"]
+    labels = keys.read(folder / "model_index.json").get("id2label") or {}
     return ["all"] if count == 1 else [labels.get(str(i), str(i)).split(",")[0].strip() for i in range(count)]
 
 
 def names(folder: Path, family: type[ClassNetwork]) -> list[str]:
     """Of the classes of the pipeline in ``folder``, without its network."""
-    return _names(folder, family.count(json.loads((folder / family.part / "config.json").read_text())))
+    return _names(folder, family.count(keys.config_of(folder, family.part)))
 
 
 def load(
@@ -138,7 +138,7 @@ def load(
     UserError if ``size`` (pixels) is not the checkpoint's own: such networks know one.
     """
     pipe, own = opened(folder, pipeline, family.part, weights)
-    if labels := json.loads((folder / "model_index.json").read_text()).get("id2label"):
+    if labels := keys.read(folder / "model_index.json").get("id2label"):
         pipe.register_to_config(id2label=labels)  # which the stock class forgets to save
     network = family(getattr(pipe, family.part))
     config = network.core.config

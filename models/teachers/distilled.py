@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from models.teachers.keys import note
 from models.yaml_text import read_yaml
 
 SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
@@ -27,13 +28,17 @@ SAYS_SO = re.compile(
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
-    """The metadata block of a model card; empty where there is none."""
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+    """The metadata block of a model card; empty where there is none, and, with a line, where it is no YAML."""
+    try:
         _, fence, rest = readme.read_text(encoding="utf-8").partition("---\n")
         block, end, _ = rest.partition("\n---")
         values = read_yaml(block) if fence and end else None
         return values if isinstance(values, dict) else {}
-    return {}
+    except (OSError, UnicodeDecodeError):
+        return {}
+    except yaml.YAMLError as error:
+        note(f"{readme}: its metadata are not read: {' '.join(str(error).split())[:120]}")
+        return {}
 
 
 def reason(scheduler: dict[str, Any], index: dict[str, Any], card: Path | None) -> str:

@@ -175,7 +175,7 @@ images = pipe({labels}, seeds=[0, 1, 2]).images"""
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text())
+    return keys.read(folder / "model_index.json")
 
 
 def read_spec(folder: Path) -> Spec:

@@ -1,6 +1,5 @@
 """Pipeline folders on disk: safetensors alone, nothing from a network."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from models.errors import UserError
 from models.teachers import keys
 from models.teachers.single_file import SingleFile
 
+SCHEDULER = "scheduler/scheduler_config.json"
 FROM_FILES: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
 
 
@@ -24,7 +24,7 @@ def opened(folder: Path, pipeline: Any, part: str, weights: Path | None = None) 
     ``weights`` is a single file of the network ``part``, which the folder gives all the rest to that it does not hold.
     UserError if a part lacks weights, or says what nobody reads and would change the answers.
     """
-    index = json.loads((folder / "model_index.json").read_text())
+    index = keys.read(folder / "model_index.json")
     keys.check_index(index, pipeline, folder)
     more = dict(FROM_FILES)
     if "safety_checker" in index:
@@ -35,16 +35,17 @@ def opened(folder: Path, pipeline: Any, part: str, weights: Path | None = None) 
             loaded = None if single is None else single.part(name, model_class(value), required=name == part)
             loaded = loaded or read_part(folder, name, value)
             more |= {} if loaded is None else {name: loaded}
+    keys.read(folder / SCHEDULER)
     pipe: Any = pipeline.from_pretrained(folder, **more)
     if single is not None:
         pipe.register_modules(scheduler=single.scheduler(pipe.scheduler))
         single.name_rest()
-    keys.check_scheduler(dict(pipe.scheduler.config), folder / "scheduler/scheduler_config.json")
+    keys.check_scheduler(dict(pipe.scheduler.config), folder / SCHEDULER)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
     studio = folder / "studio.json"
-    return pipe, json.loads(studio.read_text()) if studio.is_file() else {}
+    return pipe, keys.read(studio) if studio.is_file() else {}
 
 
 def model_class(value: list[str]) -> type[nn.Module] | None:

@@ -2,7 +2,6 @@
 in one line. What would change the answers and is not read is a UserError."""
 
 import inspect
-import json
 import sys
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from models.errors import UserError
+from models.json_text import read_json
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """Keys of a table of noise levels."""
@@ -43,9 +43,20 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A config; UserError if it is no JSON object, or gives a key twice."""
+    try:
+        values = read_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"teacher: {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"teacher: {path} is no JSON object")
+    return values
+
+
 def config_of(folder: Path, part: str) -> dict[str, Any]:
     """The part's config.json."""
-    return json.loads((folder / part / "config.json").read_text())
+    return read(folder / part / "config.json")
 
 
 def check_index(index: dict[str, Any], pipeline: Any, folder: Path) -> None:
@@ -119,10 +130,24 @@ ASKS = ("cond_proj.", "guidance_in.", "guidance_embedder.", "add_embedding.", "l
 """Parts of keys of a network that is told more than one without them."""
 
 
+ADAPTERS = (".lora_", "lora_unet_", "lora_transformer_", ".hada_w", ".lokr_w", ".oft_", "dora_scale")
+"""Parts of keys of weights that are added to others."""
+
+
+def check_no_adapters(where: Path, keys: Iterable[str]) -> None:
+    """UserError for weights that change others, which would then be read without them."""
+    if found := [key for key in keys if any(part in key for part in ADAPTERS)]:
+        raise UserError(
+            f"teacher: {where}: {found[0]}: an adapter (LoRA and its like), which is not read: merge it into the "
+            "network that it was trained on, and give that"
+        )
+
+
 def name_weights(where: Path, unread: Collection[str]) -> None:
     """Name weights that no network has a place for. UserError for those without which the others mean something else:
-    the scales of quantized ones, and what a network that is told more has."""
+    the scales of quantized ones, adapters, and what a network that is told more has."""
     keys = sorted(unread)
+    check_no_adapters(where, keys)
     if scales := [key for key in keys if key.rpartition(".")[2] in SCALES]:
         raise UserError(
             f"teacher: {where}: {scales[0]}: scales of quantized weights that are not read; give the whole ones"

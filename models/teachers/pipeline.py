@@ -344,7 +344,7 @@ def load(
     shape = shape or (latents.channels, *_sides(core.config.get("sample_size"), size, latents.factor))
     process, prediction = process_of(scheduler_config(pipe), _tokens(shape))
     network = family(core, latents.factor)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = keys.read(folder / "model_index.json")
     unguided = distilled.reason(scheduler_config(pipe), index, None if weights else folder / "README.md")
     if family.null_prompt is None:
         unguided = f"its {family.part} is told the guidance scale or needs none"

@@ -323,7 +323,7 @@ text = {{"complex_human_instruction": None, "max_sequence_length": {self.max_len
 
 def _frozen_parts(folder: Path) -> tuple[nn.Module, AutoencoderDC]:
     """Text encoder and autoencoder. UserError if the autoencoder's class is another."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = keys.read(folder / "model_index.json")
     if index["vae"][1] != "AutoencoderDC":
         raise UserError(f"teacher: {folder / 'vae'} is a {index['vae'][1]}: Sana is read with an AutoencoderDC alone")
     vae, text_encoder = (read_part(folder, name, index[name]) for name in ("vae", "text_encoder"))
@@ -344,11 +344,11 @@ def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]
 
     ``weights`` is a single file of the transformer, in the place of the folder's.
     """
-    index = json.loads((folder / "model_index.json").read_text())
+    index = keys.read(folder / "model_index.json")
     transformer = cast(SanaTransformer2DModel, _transformer(folder, index, weights))
     text_encoder, vae = _frozen_parts(folder)
     place = folder / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(place.read_text())
+    scheduler = keys.read(place)
     keys.check_index(index, SanaPipeline, folder)
     keys.check_scheduler(scheduler, place)
     if scheduler["_class_name"] != "SCMScheduler" and not is_flow(scheduler):
@@ -356,7 +356,7 @@ def load(folder: Path, weights: Path | None = None) -> tuple[Denoiser, SanaSpec]
             f"teacher: {place}: a {scheduler['_class_name']} that is no flow's (use_flow_sigmas is not true)"
         )
     studio = folder / "studio.json"
-    own: dict[str, Any] = json.loads(studio.read_text()) if studio.is_file() else {}
+    own: dict[str, Any] = keys.read(studio) if studio.is_file() else {}
     if not own.get("told", True) and transformer.config["guidance_embeds"]:
         transformer = without_guidance(transformer)
     side, config = transformer.config["sample_size"], transformer.config

@@ -42,6 +42,11 @@ def process_of(scheduler: dict[str, Any], tokens: int) -> tuple[Process, Predict
         raise UserError(
             f"teacher: beta_schedule {scheduler['beta_schedule']} of its scheduler is not known: {known}"
         ) from error
+    if len(table) != scheduler["num_train_timesteps"]:
+        raise UserError(
+            f"teacher: its scheduler has {len(table)} trained_betas, but num_train_timesteps "
+            f"{scheduler['num_train_timesteps']}: one of them is another checkpoint's"
+        )
     if kind == "epsilon" and float(table[-1]) == 0:
         raise UserError(
             "teacher: its scheduler has zero terminal SNR (rescale_betas_zero_snr) and predicts noise, which at the "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, T5EncoderModel
 
 from models.errors import UserError
-from models.teachers.keys import SCALES, check_model, config_of, name_weights, note
+from models.teachers.keys import SCALES, check_model, check_no_adapters, config_of, name_weights, note
 
 AUTOENCODER = ("first_stage_model.", "vae.")
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "text_encoder_2.", "te.")
@@ -50,6 +50,7 @@ class SingleFile:
         with safe_open(path, "pt") as file:
             self.about: dict[str, str] = file.metadata() or {}
         state = unscaled(load_file(path), path)
+        check_no_adapters(path, state)
         if found := [key for key in CONTINUOUS if key in state]:
             raise UserError(f"teacher.path: {path}: {found[0]}: networks of continuous noise levels are not read")
         self.marks = {key: state.pop(key) for key in MARKS if key in state}
