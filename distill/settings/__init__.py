@@ -29,7 +29,7 @@ from distill.settings.multi_student import MultiStudent
 from distill.settings.pretrain import Autoencoder, Pretrain, SanaSize, ScoreMatching
 from distill.settings.reading import check, override, parse, read_config, read_values, write_config
 from distill.settings.scene import Anneal, SceneDistillation, SceneStage
-from distill.settings.train import Optimizer
+from distill.settings.train import Evaluation, Optimizer
 
 __all__ = [
     "DMD2",
@@ -46,6 +46,7 @@ __all__ = [
     "DiffInstruct",
     "DivergenceMatching",
     "DivergenceName",
+    "Evaluation",
     "FDistill",
     "FashionMNISTData",
     "HFData",
