@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.exact_scene import distillation, new_fields, sds
 from distill.methods.base import Turn
 from distill.methods.scene_distillation import Prompts
+from distill.workshop.exact_scene import distillation, new_fields, sds
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError
@@ -72,7 +72,7 @@ def test_posterior_mean_is_the_denoiser_of_an_even_mixture():
 
 
 def test_sds_with_the_exact_teacher_finds_the_solid():
-    """Silhouettes from views in between, and PSNR. `python -m distill.exact_scene` says what it costs."""
+    """Silhouettes from views in between, and PSNR. `python -m distill.workshop.exact_scene` says what it costs."""
     found = sds()
     assert found.silhouette_iou > 0.9 and found.psnr > 20, found
 
