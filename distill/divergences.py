@@ -20,23 +20,29 @@ alpha(a)               (r^a - 1 - a(r-1)) / (a(a-1))     r^a         a: 0 revers
 Jensen-Shannon and its relative are sums of two KL terms, as in f-distill's Table 1, not their mean.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-Function = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:  # the settings take the names from the table, without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Divergence:
     """``f`` with ``f(1) = 0``, ``h = f'' r^2``, ``dh = h'`` and ``d2h = h''``, all of positive tensors of any shape."""
 
-    f: Function
-    h: Function
-    dh: Function
-    d2h: Function
+    f: Callable[[Tensor], Tensor]
+    h: Callable[[Tensor], Tensor]
+    dh: Callable[[Tensor], Tensor]
+    d2h: Callable[[Tensor], Tensor]
+
+
+def constant(value: float) -> Callable[[Tensor], Tensor]:
+    """The function that is ``value`` everywhere."""
+    return lambda r: r.new_full(r.shape, value)
 
 
 def alpha(a: float) -> Divergence:
@@ -53,7 +59,7 @@ def alpha(a: float) -> Divergence:
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": Divergence(lambda r: -r.log(), torch.ones_like, torch.zeros_like, torch.zeros_like),
+    "reverse_kl": Divergence(lambda r: -r.log(), constant(1.0), constant(0.0), constant(0.0)),
     "softened_reverse_kl": Divergence(
         lambda r: (r + 1) * (0.5 + 0.5 / r).log(),
         lambda r: 1 / (1 + r),
@@ -69,10 +75,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "squared_hellinger": Divergence(
         lambda r: 1 - r.sqrt(), lambda r: r.sqrt() / 4, lambda r: r**-0.5 / 8, lambda r: -(r**-1.5) / 16
     ),
-    "forward_kl": Divergence(lambda r: r * r.log(), lambda r: r, torch.ones_like, torch.zeros_like),
-    "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda r: 1 + r, torch.ones_like, torch.zeros_like),
-    "pearson_chi2": Divergence(
-        lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: 4 * r, lambda r: torch.full_like(r, 4.0)
-    ),
+    "forward_kl": Divergence(lambda r: r * r.log(), lambda r: r, constant(1.0), constant(0.0)),
+    "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda r: 1 + r, constant(1.0), constant(0.0)),
+    "pearson_chi2": Divergence(lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: 4 * r, constant(4.0)),
     "neyman_chi2": Divergence(lambda r: 1 / r - 1, lambda r: 2 / r, lambda r: -2 / r**2, lambda r: 4 / r**3),
 }

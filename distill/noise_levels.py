@@ -2,16 +2,22 @@
 
 Anything binned over time is binned over u, where every bin is equally populated. (Bins of equal width in an EDM sigma
 put two thirds of the usual draws into the first of ten.)
+
+These are settings too, so torch is imported where it computes: a command line is read without it.
 """
 
-from typing import Annotated, Literal, TypeVar
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from distill.schema import Schema
-from models.process import Process
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.process import Process
 
 Levels = TypeVar("Levels", "Grid", "LogUniform")
 
@@ -46,6 +52,8 @@ class LogNormal(Schema):
     """Standard deviation of log(sigma / alpha)."""
 
     def times(self, u: Tensor, process: Process) -> Tensor:
+        import torch
+
         log_ratio = self.mean + self.std * torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9))
         return process.time_from_ratio(log_ratio.exp()).clamp(process.t_min, process.t_max).to(u.dtype)
 
@@ -74,6 +82,8 @@ def half_g2(levels: Grid | LogNormal | LogUniform, u: Tensor, process: Process) 
     For every process ``g^2/2 dt = alpha^2 rho d rho`` with ``rho = sigma / alpha``, so the weight is ``alpha^2 rho
     d rho / du``; 0 where the levels are clamped. Few draws carry most of it unless log rho is drawn uniformly.
     """
+    import torch
+
     with torch.enable_grad():
         v = u.detach().double().requires_grad_()
         t = levels.times(v, process)

@@ -3,9 +3,10 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.class_names import ordered
+from distill.settings.data import CaptionsFrom
 from eval.pictures import Walk, walk, warn
 from models.errors import BadSample, UserError
 from models.json_text import read_json
@@ -15,8 +16,6 @@ _NAMES = "bmp png jpg jpeg jpe jfif webp tif tiff pgm ppm pbm pnm gif avif jp2"
 SUFFIXES = tuple(f".{name}" for name in _NAMES.split())
 """Of files that are taken for pictures, in any letters."""
 METADATA = "metadata.jsonl"
-
-CaptionsFrom = Literal["auto", "files", "metadata", "none"]
 
 
 @dataclass

@@ -13,8 +13,9 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 
-from distill import build_scene, parallel, precision
+from distill import parallel, precision
 from distill.build import build_method, build_stream, class_teacher
+from distill.build import scene as build_scene
 from distill.card import model_card, scores_table
 from distill.data import ShuffledStream, Stream
 from distill.methods import multi_student
@@ -101,7 +102,7 @@ def check_scores(config: Config, spec: Spec) -> None:
     if n == 0:
         return
     from eval.features import FashionCNN
-    from eval.fid import MIN_IMAGES
+    from eval.scoring import MIN_IMAGES
 
     student = isinstance(spec, ClassSpec) and not isinstance(config.method, Pretrain)
     if not student or spec.picture != FashionCNN.shape or n < MIN_IMAGES:

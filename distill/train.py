@@ -7,7 +7,6 @@ accelerate launch distill/train.py --config configs/fashion_mnist/f_distill.yaml
 
 import sys
 
-from distill.run import dry_run, train
 from distill.settings import parse
 from models.errors import UserError
 
@@ -15,6 +14,8 @@ from models.errors import UserError
 def main() -> int:
     try:
         config, dry = parse(sys.argv[1:])
+        from distill.run import dry_run, train  # seconds of imports, which no mistake in the settings should wait for
+
         return dry_run(config) if dry else train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -112,14 +112,14 @@ class FashionClassifier(nn.Module):
 
 
 class FashionCNN:
-    """Features of the classifier that ``python -m distill.references`` trained on Fashion-MNIST's training images."""
+    """Features of the classifier that ``python -m distill.workshop.references`` trained on Fashion-MNIST."""
 
     name = "fd_fmnist_cnn"
     dim, resize, shape = 128, "none", (1, 32, 32)
 
     def __init__(self, weights: Path = CNN_WEIGHTS, device: torch.device | str = "cpu"):
         if not weights.is_file():
-            raise UserError(f"{weights} is missing: make it with `python -m distill.references`")
+            raise UserError(f"{weights} is missing: make it with `python -m distill.workshop.references`")
         self.sha256, self.device = file_digest(weights), device
         classifier = FashionClassifier()
         classifier.load_state_dict(load_file(weights))

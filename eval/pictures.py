@@ -2,7 +2,7 @@
 
 Counted are clean-fid's suffixes, in linked folders too and not in hidden ones; what is left out is said. Pixels are
 those of the file: neither EXIF's orientation nor alpha is applied, which is said too. Training pictures are read
-otherwise (distill/data.py): upright, and composed on a colour.
+otherwise (distill/data/): upright, and composed on a colour.
 """
 
 import os

@@ -103,7 +103,7 @@ class Reference:
     def load(cls, path: Path) -> "Reference":
         """Read what ``save`` wrote; never runs code from the file. UserError if it is missing or something else."""
         if not path.is_file():
-            raise UserError(f"{path} is missing: make it with `python -m distill.references`")
+            raise UserError(f"{path} is missing: make it with `python -m distill.workshop.references`")
         try:
             with np.load(path, allow_pickle=False) as stored:
                 if "sigma" in stored:
@@ -118,7 +118,9 @@ class Reference:
                 floors = {int(n): float(value) for n, value in stored["floors"]}
                 features = torch.from_numpy(stored["features"]).float()
         except (KeyError, OSError, ValueError, BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}): make it with `python -m distill.references`") from error
+            raise UserError(
+                f"{path} is damaged ({error}): make it with `python -m distill.workshop.references`"
+            ) from error
         return cls(path.stem, statistics, features, floors, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

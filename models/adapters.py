@@ -4,28 +4,30 @@ The teacher is the network itself: adapters are on only within a call of the net
 averaged and checkpointed is an adapter's few matrices.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition
 from models.denoiser import CoreNetwork
 from models.errors import UserError
+from models.lora_targets import TARGETS
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Projections of attention, as diffusers' transformers and U-Nets call them."""
+if TYPE_CHECKING:  # peft takes seconds to import, and few runs have adapters
+    from peft.tuners.lora import LoraLayer
 
 
 def _layers(network: nn.Module) -> dict[str, LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -54,6 +56,8 @@ class Adapted(CoreNetwork):
     """
 
     def __init__(self, network: Any, name: str, rank: int, alpha: int | None = None, targets: Sequence[str] = TARGETS):
+        from peft import LoraConfig, inject_adapter_in_model
+
         super().__init__()
         self.name, self._shared = name, [network]  # a list: not a sub-module
         config = LoraConfig(
@@ -105,6 +109,8 @@ def merged(network: nn.Module) -> nn.Module:
 
     A sharded network is gathered: all processes must call it.
     """
+    from torch.distributed.tensor import DTensor
+
     bare: Any = network.network if isinstance(network, Adapted) else network
     sharded = any(isinstance(parameter, DTensor) for parameter in bare.parameters())
     if bare is network and not sharded:
@@ -134,6 +140,8 @@ def save_lora(folder: Path, part: str, network: nn.Module) -> None:
     """
     if not isinstance(network, Adapted):
         return
+    from peft import get_peft_model_state_dict
+
     layer = next(iter(_layers(network.core).values()))
     scale = layer.scaling[network.name]
     state = {

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eval.shapes import SD_NOISE, TINY_VAE, clip, clip_tokenizer
+from distill.workshop.shapes import SD_NOISE, TINY_VAE, clip, clip_tokenizer
 
 FLOW: dict[str, Any] = {"shift": 3.0}
 

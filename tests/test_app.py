@@ -39,6 +39,8 @@ from app.networks import Walk  # noqa: E402
 from app.scores import scores  # noqa: E402
 
 SPRINT, CONTROL, CLASSES = "embedded:solids_sprint", "embedded:solids_control", "embedded:fashion_mnist"
+SIDE = 64
+"""Of SPRINT's pictures."""
 CUBE = "a photo of a red cube"
 
 
@@ -479,7 +481,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def test_a_picture_depends_on_its_seed_alone(engine: Engine):
     grid = engine.make(Ask(SPRINT, CUBE, 7, 2, 3)).pictures
-    assert grid.shape == (3, 3, 64, 64) and grid.dtype == torch.uint8
+    assert grid.shape == (3, 3, SIDE, SIDE) and grid.dtype == torch.uint8
     for k in range(3):
         alone = engine.make(Ask(SPRINT, CUBE, 7 + k, 2)).pictures[0]
         assert (alone.int() - grid[k].int()).abs().max() <= 1  # batches of other sizes may round otherwise
@@ -521,7 +523,7 @@ def test_damaged_and_removed_models_are_a_line(tmp_path: Path):
     shutil.rmtree(run)
     with pytest.raises(UserError, match="there is no model"):
         engine.make(Ask(name, NAMES[0]))
-    assert engine.make(Ask(SPRINT, CUBE)).pictures.shape == (1, 3, 64, 64)
+    assert engine.make(Ask(SPRINT, CUBE)).pictures.shape == (1, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize(
@@ -701,7 +703,7 @@ def test_the_pages_own_calls_stand_hostile_values(address: str, engine: Engine):
                     answered += 1
                 assert "Traceback" not in said and "root:" not in said and 'File \\"' not in said
         assert answered > len(calls)
-    assert engine.make(Ask(SPRINT, CUBE)).pictures.shape == (1, 3, 64, 64)
+    assert engine.make(Ask(SPRINT, CUBE)).pictures.shape == (1, 3, SIDE, SIDE)
 
 
 def test_no_file_but_the_apps_own_is_served(address: str, engine: Engine, tmp_path: Path):
@@ -739,7 +741,7 @@ def test_a_run_that_goes_does_not_stop_the_app(client: Client, engine: Engine):
     shutil.rmtree(run)
     refused(client, "there is no run .* it was removed", name, api_name="/run")
     refused(client, "there is no model", name, NAMES[0], api_name="/generate")
-    assert Image.open(client.predict(SPRINT, CUBE, api_name="/generate")[0]).size == (64, 64)
+    assert Image.open(client.predict(SPRINT, CUBE, api_name="/generate")[0]).size == (SIDE, SIDE)
 
 
 def test_every_one_of_many_clients_gets_its_own_answer(address: str, engine: Engine):

@@ -13,7 +13,7 @@ from tests.tiny import ROOT, environment, settings
 def test_the_table_has_a_line_for_each_batch(tmp_path: Path, step: str, turns: int):
     values = settings(tmp_path)["data"]
     data = "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
-    line = [sys.executable, "-m", "eval.benchmark", "--step", step, "--teacher", str(tmp_path / "teacher")]
+    line = [sys.executable, "-m", "distill.benchmark", "--step", step, "--teacher", str(tmp_path / "teacher")]
     line += ["--batch", "2", "4", "--data", data]
     if step == "pretrain":
         line += ["--set", "method.channels=[8,32]"]
@@ -35,7 +35,7 @@ def test_the_table_has_a_line_for_each_batch(tmp_path: Path, step: str, turns: i
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str):
-    line = [sys.executable, "-m", "eval.benchmark", *arguments]
+    line = [sys.executable, "-m", "distill.benchmark", *arguments]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
@@ -43,7 +43,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str):
 
 def test_routing_is_timed_against_one_student(tmp_path: Path):
     settings(tmp_path)
-    line = [sys.executable, "-m", "eval.benchmark", "--step", "routing", "--teacher", str(tmp_path / "teacher")]
+    line = [sys.executable, "-m", "distill.benchmark", "--step", "routing", "--teacher", str(tmp_path / "teacher")]
     line += ["--students", "2", "--batch", "3", "6"]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

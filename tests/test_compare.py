@@ -2,14 +2,15 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eval.compare import Options, Record, Row, main, markdown, pace, steps_in
+from distill.compare import Options, Record, Row, main, markdown, pace, steps_in
 from models.errors import UserError
-from tests.tiny import save_network, save_pictures, write_settings
+from tests.tiny import ROOT, environment, save_network, save_pictures, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,11 @@ def test_mistakes_are_one_line(tmp_path: Path):
         main(replace(options, jobs=0))
     with pytest.raises(UserError, match="at least one of each"):
         main(replace(options, seeds=()))
+
+
+@pytest.mark.parametrize("name", ["benchmark", "compare"])
+def test_the_old_command_works_and_says_the_new_one(name: str):
+    line = [sys.executable, "-m", f"eval.{name}", "--help"]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "usage: " in done.stdout
+    assert done.stderr.startswith(f"eval.{name} is now distill.{name}: python -m distill.{name}\n")

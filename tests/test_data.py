@@ -10,16 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import data
 from distill.build import build_stream
 from distill.data import (
-    FASHION_MNIST_FILES,
     Columns,
     FashionMNIST,
     ImageFolder,
     ShuffledStream,
     SolidsPictures,
     Subset,
+    fashion_mnist,
     to_tensor,
 )
 from distill.run import build, dry_run
@@ -41,20 +40,20 @@ def test_fashion_mnist_is_what_it_should_be():
 
 def test_fetch_verifies_and_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whole files are left alone; a broken source is noticed; with none, one line says what to do."""
-    data.fetch_fashion_mnist(FASHION)
+    fashion_mnist.fetch_fashion_mnist(FASHION)
 
     def broken(folder: Path) -> None:
-        for name in FASHION_MNIST_FILES:
+        for name in fashion_mnist.FASHION_MNIST_FILES:
             (folder / name).write_bytes(b"something else")
 
     def unreachable(folder: Path) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "_from_debian", broken)
-    monkeypatch.setattr(data, "_from_torchvision", unreachable)
+    monkeypatch.setattr(fashion_mnist, "_from_debian", broken)
+    monkeypatch.setattr(fashion_mnist, "_from_torchvision", unreachable)
     monkeypatch.setattr(unreachable, "__name__", "_from_torchvision")
     with pytest.raises(UserError, match=r"not reachable .*put its four .gz files into"):
-        data.fetch_fashion_mnist(tmp_path)
+        fashion_mnist.fetch_fashion_mnist(tmp_path)
     with pytest.raises(UserError, match="is damaged"):
         FashionMNIST(tmp_path)
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from distill.build import read_prompts
 from eval.paint import main as paint
 from models.errors import BadSample, UserError
-from models.prompts import captions, settled
+from models.prompts import captions, read_prompts, settled
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill import compare
 from distill.data import Batch
-from eval import compare, fid
+from eval import fid
 from eval import report as reports
 from eval.features import Protocol, load_extractor, quantize, truncate
 from eval.frechet import frechet_distance

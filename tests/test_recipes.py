@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import nn
 
 from distill.settings import read_config
-from eval.shapes import SD15_UNET, SDXL_UNET, sana_transformer
+from distill.workshop.shapes import SD15_UNET, SDXL_UNET, sana_transformer
 from models.teachers.edm_networks import DhariwalUNet, SongUNet
 from models.teachers.embedded import PatchUNet
 from models.teachers.flux import Flux

@@ -20,10 +20,10 @@ from diffusers.schedulers import scheduling_scm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from distill import embed
 from distill.build import build_method, build_stream
 from distill.methods.autoencoder import Reconstruction
 from distill.settings import Config
+from distill.workshop import embed
 from eval import text_to_image
 from eval.latency import PARTS, as_text, measure
 from eval.text_to_image import painter
@@ -31,7 +31,7 @@ from eval.timesteps import SPACING, search, write_times
 from models.denoiser import Denoiser
 from models.errors import UserError
 from models.seeds import Draws
-from models.teachers import load, load_class_conditional, sana
+from models.teachers import load, load_class_conditional, miniature, sana
 from models.teachers.sana import SanaNetwork, SanaSpec
 from models.trigflow import TrigFlowView
 from tests.tiny import ROOT, save_sana, train
@@ -237,7 +237,7 @@ def test_a_pretrained_teacher_brings_its_text_encoder_and_autoencoder(solids: Pa
 
 
 def test_the_latents_scale_outlives_a_batch_that_is_not_finite():
-    network = Reconstruction(sana.new_autoencoder([8, 16], 4, 1))
+    network = Reconstruction(miniature.new_autoencoder([8, 16], 4, 1))
     pictures, noise = torch.rand(2, 3, 8, 8), torch.zeros(2, 4, 2, 2)
     network(pictures * float("inf"), noise)
     assert float(network.scale) == 1

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.exact_scene import distillation, new_fields, sds
 from distill.methods.base import Turn
 from distill.methods.scene_distillation import Prompts
+from distill.workshop.exact_scene import distillation, new_fields, sds
 from models.condition import Condition
 from models.denoiser import Denoiser, Guided
 from models.errors import UserError
@@ -72,7 +72,7 @@ def test_posterior_mean_is_the_denoiser_of_an_even_mixture():
 
 
 def test_sds_with_the_exact_teacher_finds_the_solid():
-    """Silhouettes from views in between, and PSNR. `python -m distill.exact_scene` says what it costs."""
+    """Silhouettes from views in between, and PSNR. `python -m distill.workshop.exact_scene` says what it costs."""
     found = sds()
     assert found.silhouette_iou > 0.9 and found.psnr > 20, found
 
@@ -134,7 +134,7 @@ def test_the_trained_critic_approaches_the_exact_score():
         for colour in ("red", "blue"):
             solid = solids.Solid("cube", colour, (0.0, -0.3, 0.0), 0.8, yaw=10.0)
             scene = solids.Scene((solid,), camera[0], captions.parse("a photo of a cube"), 0.5, 0.0)
-            pictures.append(solids.render([scene], 64, camera).images)
+            pictures.append(solids.render([scene], spec.picture[1], camera).images)
         x0 = spec.encode(torch.cat(pictures))
     process, count = denoiser.process, 4
     cond = Condition(camera=camera_to_world(camera * count).flatten(1))

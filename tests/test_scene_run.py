@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torchvision.utils import save_image
 
-from distill import build_scene
+from distill.build import scene as build_scene
 from distill.methods.scene_distillation import SceneDistillation
 from distill.preview import Preview
 from distill.run import build, check_same_run, dry_run

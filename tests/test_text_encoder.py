@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from distill import text_encoder
-from distill.text_encoder import LINKS, OWN, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
+from distill.workshop import text_encoder
+from distill.workshop.text_encoder import LINKS, OWN, SHARPNESS, Heads, Options, Reader, answers, caption, own_answers
 from models.errors import UserError
 from models.scene.captions import COLOURS, SEEN, SHAPES, VOCABULARY, Metadata, draw, parse, seen
-from models.teachers import sana
+from models.teachers import miniature
 from tests.tiny import save_sana
 
 
@@ -71,9 +71,9 @@ def test_it_learns_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[
     text_encoder.main(Options(tmp_path / "made", width=64, depth=2, steps=300, batch_size=32, lr=4e-3))
     said = capsys.readouterr().out
     assert "held-out captions without a mistake" in said and "opposite relation" in said
-    tokenizer = sana.new_tokenizer(VOCABULARY, 16)
-    untrained = Reader(sana.new_text_encoder(len(tokenizer), 64, 2, 16), 64, tokenizer)
-    encoder = sana.new_text_encoder(len(tokenizer), 64, 2, 16)
+    tokenizer = miniature.new_tokenizer(VOCABULARY, 16)
+    untrained = Reader(miniature.new_text_encoder(len(tokenizer), 64, 2, 16), 64, tokenizer)
+    encoder = miniature.new_text_encoder(len(tokenizer), 64, 2, 16)
     encoder.load_state_dict(load_file(tmp_path / "made" / "text_encoder" / "model.safetensors"))
     taught = Reader(encoder, 64, tokenizer)
     colours = [("a photo of a red cube and a blue cone", "a photo of a blue cube and a red cone")]
@@ -89,7 +89,7 @@ def test_it_learns_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_stock_library_reads_both_ways(tmp_path: Path):
     """The saved encoder, loaded as pipelines load it: a later word changes an earlier one, padding none."""
-    sana.new_text_encoder(20, 32, 1, 8).save_pretrained(tmp_path)
+    miniature.new_text_encoder(20, 32, 1, 8).save_pretrained(tmp_path)
     encoder = AutoModel.from_pretrained(tmp_path)
     ids, mask = torch.tensor([[1, 5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
     other, padded = ids.clone(), ids.clone()

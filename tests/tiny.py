@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from models.scene import captions
-from models.teachers import sana
+from models.teachers import miniature, sana
 from models.teachers.embedded import PatchUNet, Spec
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +46,9 @@ def save_sana(
 ) -> Path:
     """A tiny random Sana teacher as SanaPipeline's folder."""
     torch.manual_seed(seed)
-    tokenizer = sana.new_tokenizer(vocabulary, 16)
-    text_encoder, vae = sana.new_text_encoder(len(tokenizer), 32, 1, 16), sana.new_autoencoder([16, 32], 4, 1)
-    network = sana.SanaNetwork(sana.new_transformer(4, side, 32, depth, 32))
+    tokenizer = miniature.new_tokenizer(vocabulary, 16)
+    text_encoder, vae = miniature.new_text_encoder(len(tokenizer), 32, 1, 16), miniature.new_autoencoder([16, 32], 4, 1)
+    network = sana.SanaNetwork(miniature.new_transformer(4, side, 32, depth, 32))
     sana.SanaSpec(tokenizer, text_encoder, vae, (4, side, side), examples=("a cube",)).save(folder, network, "")
     return folder
 

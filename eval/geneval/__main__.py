@@ -7,7 +7,7 @@
 The first scores on the solids world, whose pictures are known to the last pixel: prompts in GenEval's six forms, some
 of them never trained on; the detector's own accuracy on true renders is the score's ceiling, and the Fréchet distance
 of as many true renders its floor; both are measured beside. A second detector judges too, once `python -m
-distill.detector --second` has made it. With --detector it is GenEval itself on photographs: the
+distill.workshop.detector --second` has made it. With --detector it is GenEval itself on photographs: the
 553 published prompts, Mask2Former (`python -m eval.geneval.mask2former` converts mmdet's checkpoint), CLIP's colours.
 Folders of pictures are judged one by one and resumed; `torchrun` or `accelerate launch` splits them over processes.
 """

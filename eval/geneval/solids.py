@@ -1,8 +1,8 @@
 """GenEval's detectors for the solids world: which solids are in a picture, where, and of what colour.
 
 A small network names the shape and the colour of every pixel; pixels that touch are one solid, since the world's solids
-never touch. ``python -m distill.detector`` trained it on true renders, where the answers are known. A second network of
-another architecture, trained on other scenes, tells whether a score is the pictures' or the first judge's.
+never touch. ``python -m distill.workshop.detector`` trained it on true renders, where the answers are known. A second
+network of another architecture, trained on other scenes, tells whether a score is the pictures' or the first judge's.
 """
 
 from collections.abc import Callable, Sequence
@@ -150,7 +150,7 @@ def colour_of(detection: Detection) -> str:
 def _load(network: nn.Module, weights: Path, device: torch.device | str) -> str:
     """Fill the network, move it, and return the SHA-256 of its file."""
     if not weights.is_file():
-        raise UserError(f"{weights} is missing: make it with `python -m distill.detector`")
+        raise UserError(f"{weights} is missing: make it with `python -m distill.workshop.detector`")
     network.load_state_dict(load_file(weights))
     network.eval().to(device)
     return file_digest(weights)

@@ -1,7 +1,7 @@
 """Train the detector that judges pictures of the solids world, on true renders, and say how often it is right.
 
-python -m distill.detector                   # 17 minutes on one CPU core
-python -m distill.detector --second          # the second judge: another network, seed and scenes
+python -m distill.workshop.detector                   # 17 minutes on one CPU core
+python -m distill.workshop.detector --second          # the second judge: another network, seed and scenes
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
-from distill.references import floors
+from distill.workshop.references import floors
 from eval.features import REFERENCES, extract, quantize
 from eval.frechet import Statistics
 from eval.geneval import judge, summarize
@@ -144,7 +144,7 @@ def make_reference(extractor: SolidsFeatures, count: int, batch: int = 250) -> R
         "floors": "Fréchet distance of n other true renders from the reference, mean over at most 8 disjoint subsets",
         "features": f"float16 features of {KEPT} of them, for the kernel distance",
         "torch": torch.__version__,
-        "command": "python -m distill.detector",
+        "command": "python -m distill.workshop.detector",
     }
     return Reference(extractor.name, statistics, features[:KEPT], floors(others, statistics, FLOOR_SIZES))
 
@@ -157,7 +157,7 @@ def main(options: Options) -> None:
         save_file(network.state_dict(), weights)
         tasks = measure(SolidsDetector(weights, second=options.second), options.test)
         metadata = {
-            "command": f"python -m distill.detector{' --second' if options.second else ''}",
+            "command": f"python -m distill.workshop.detector{' --second' if options.second else ''}",
             "steps": str(options.steps),
             "seed": str(options.seed),
         }

@@ -1,6 +1,6 @@
 """Put a finished run among the models that come with the project, with weights in float16 to keep the clone small.
 
-python -m distill.embed runs/solids/teacher solids        # from then on embedded:solids
+python -m distill.workshop.embed runs/solids/teacher solids        # from then on embedded:solids
 """
 
 import os

@@ -1,6 +1,6 @@
 """Text to 3D against a teacher that is known exactly: what SDS finds of a solid, and what that costs.
 
-python -m distill.exact_scene
+python -m distill.workshop.exact_scene
 
 The teacher is the optimal denoiser of one solid's pictures from every camera, so a wrong picture is the loss's or the
 renderer's fault. The tests train by the same recipe.

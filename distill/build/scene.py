@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from accelerate import PartialState
 
+from distill.build.matching import build_ratio, build_row
+from distill.build.teacher import load_teacher
 from distill.data import Batch
 from distill.methods.base import Method
 from distill.methods.scene_distillation import Prompts, SceneDistillation
@@ -131,8 +133,6 @@ def _same_latents(one: TextSpec, other: TextSpec) -> bool:
 
 def build_stage(config: Config, settings: Settings) -> tuple[Method, base.Spec]:
     """The method of one stage and the spec of what it leaves behind."""
-    from distill.build import build_ratio, build_row, load_teacher
-
     stage = next(stage for stage in settings.stages if stage.name == settings.stage)
     denoiser, spec = load_teacher(config)
     if not isinstance(spec, TextSpec):

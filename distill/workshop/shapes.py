@@ -20,7 +20,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models.scene import captions
-from models.teachers import sana
+from models.teachers import miniature, sana
 
 Shape = Literal["tiny_sd", "tiny_sana", "sd15", "sdxl", "sana_600m", "sana_1600m"]
 
@@ -103,8 +103,8 @@ def _sdxl() -> Any:
 
 
 def _write_sana(folder: Path, transformer: SanaTransformer2DModel, vae: AutoencoderDC) -> None:
-    tokenizer = sana.new_tokenizer(captions.VOCABULARY, 300)
-    text_encoder = sana.new_text_encoder(len(tokenizer), transformer.config["caption_channels"], 1, 300)
+    tokenizer = miniature.new_tokenizer(captions.VOCABULARY, 300)
+    text_encoder = miniature.new_text_encoder(len(tokenizer), transformer.config["caption_channels"], 1, 300)
     side = transformer.config["sample_size"]
     shape = (transformer.config["in_channels"], side, side)
     sana.SanaSpec(tokenizer, text_encoder, vae, shape).save(folder, sana.SanaNetwork(transformer), "")
@@ -121,7 +121,7 @@ def write(folder: Path, shape: Shape) -> Path:
         case "sdxl":
             _sdxl().save_pretrained(folder)
         case "tiny_sana":
-            _write_sana(folder, sana.new_transformer(8, 16, 64, 4, 64), sana.new_autoencoder([16, 32], 8, 1))
+            _write_sana(folder, miniature.new_transformer(8, 16, 64, 4, 64), miniature.new_autoencoder([16, 32], 8, 1))
         case "sana_600m":
             _write_sana(folder, sana_transformer(28, 36, 1152), AutoencoderDC(**SANA_VAE))
         case "sana_1600m":

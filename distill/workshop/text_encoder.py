@@ -1,4 +1,6 @@
-"""Train a text encoder to read captions of the solids world: python -m distill.text_encoder runs/solids/text_encoder
+"""Train a text encoder to read captions of the solids world.
+
+python -m distill.workshop.text_encoder runs/solids/text_encoder
 
 Real Sana's text encoder is a language model that was trained before. Trained with the pictures alone, a small one
 learns what words mean, and hardly which colour belongs to which solid or which solid stands left. Here it is taught to
@@ -6,8 +8,8 @@ say so in every word: linear heads on the first token must name everything in th
 solid and colour what belongs to it: shape, colour, place, the other solid, the count. Then the heads are dropped.
 
 Cross-attention reads single words, so what counts is how much a solid's word differs when another word does:
-``python -m distill.text_encoder`` prints that change for exchanged colours and relations, beside the share of held-out
-captions that are read without a mistake.
+``python -m distill.workshop.text_encoder`` prints that change for exchanged colours and relations, beside the share of
+held-out captions that are read without a mistake.
 """
 
 import random
@@ -40,7 +42,7 @@ from models.scene.captions import (
     things_of,
 )
 from models.scene.solids import sample_turntable
-from models.teachers import load, sana
+from models.teachers import load, miniature
 from models.teachers.sana import SanaSpec
 
 LINKS = ("", "and", *RELATIONS)
@@ -179,10 +181,12 @@ class Reader(nn.Module):
 def main(options: Options) -> None:
     """Train, say what share of held-out captions is read without a mistake, write."""
     torch.manual_seed(options.seed)
-    tokenizer = sana.new_tokenizer(VOCABULARY, options.max_length)
+    tokenizer = miniature.new_tokenizer(VOCABULARY, options.max_length)
     tokenizer.padding_side = "right"
     if options.start is None:
-        encoder: nn.Module = sana.new_text_encoder(len(tokenizer), options.width, options.depth, options.max_length)
+        encoder: nn.Module = miniature.new_text_encoder(
+            len(tokenizer), options.width, options.depth, options.max_length
+        )
     else:
         spec = load(options.start)[1]
         if not isinstance(spec, SanaSpec):

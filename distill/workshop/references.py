@@ -1,6 +1,6 @@
 """Make what the scores of Fashion-MNIST stand on: the classifier, and the statistics of the training images.
 
-    python -m distill.references        # 5 to 12 minutes on one CPU core, most of it EfficientNet's 70,000 pictures
+    python -m distill.workshop.references    # 5 to 12 minutes on a CPU core, most of it EfficientNet's 70,000 pictures
 
 The reference set is all 60,000 training images for both extractors; the floor is held-out test images against it.
 Ends with a check that the distances order known damage as they should.
@@ -106,7 +106,7 @@ def make_reference(extractor: Extractor, train: FashionMNIST, test: FashionMNIST
         "floors": "Fréchet distance of n test images from the reference, mean over at most 8 disjoint subsets",
         "features": f"float16 features of {kept} training images drawn with seed 0, for the kernel distance",
         "torch": torch.__version__,
-        "command": "python -m distill.references",
+        "command": "python -m distill.workshop.references",
     }
     return Reference(extractor.name, statistics, features[chosen], floors(held_out, statistics))
 
@@ -151,7 +151,7 @@ def main(options: Options) -> None:
     if options.retrain or not weights.is_file():
         network = train_classifier(train, options.epochs, options.seed)
         metadata = {
-            "command": "python -m distill.references",
+            "command": "python -m distill.workshop.references",
             "epochs": str(options.epochs),
             "seed": str(options.seed),
             "test_accuracy": f"{accuracy(network, test):.4f}",
