@@ -116,8 +116,9 @@ class Record:
         if self.values["made_by"] != made_by:
             raise UserError(f"{self.folder} was made from {config} as it was then, or other --set: choose other --runs")
         self.line = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(config)]
-        every = [f"train.steps={steps}", f"train.seed={seed}", f"output={self.folder}", f"train.sample_every={steps}"]
+        every = [f"train.seed={seed}", f"output={self.folder}", f"train.sample_every={steps}"]
         self.line += [f"--{item}" for item in (*every, *options.overrides)]
+        self.steps = steps
 
     def save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -131,7 +132,7 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before, started = self.values["seconds"], time.monotonic()
         with self.log.open("w") as log:
-            process = subprocess.Popen(self.line, stdout=log, stderr=log)
+            process = subprocess.Popen([*self.line, f"--train.steps={self.steps}"], stdout=log, stderr=log)
             try:
                 status = None
                 while status is None and not (stop and stop.is_set()):

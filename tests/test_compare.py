@@ -88,7 +88,7 @@ def test_an_interrupted_comparison_counts_its_time_and_goes_on(options: Options,
     assert checkpoints and "the same command resumes" in record.log.read_text()
     spent = Record(chosen, chosen.configs[0], 10000, 5).values["seconds"]
     assert spent > 0
-    record.line += [f"--train.steps={int(checkpoints[-1].name.split('-')[1]) + 1}"]  # the end in sight
+    record.steps = int(checkpoints[-1].name.split("-")[1]) + 1  # the end in sight
     assert record.train() > spent
 
 
