@@ -39,7 +39,7 @@ from app.networks import Walk  # noqa: E402
 from app.scores import scores  # noqa: E402
 
 SPRINT, CONTROL, CLASSES = "embedded:solids_sprint", "embedded:solids_control", "embedded:fashion_mnist"
-SIDE = 64
+SIDE = 128
 """Of SPRINT's pictures."""
 CUBE = "a photo of a red cube"
 
