@@ -22,7 +22,18 @@ from torch import nn
 from distill import stored
 from distill.build import build_stream, load_teacher, sana_spec
 from distill.data import Pictures, ShuffledStream
-from distill.settings import ConditionsOnly, Config, PrecomputedData, Pretrain, SanaSize, check, override, read_values
+from distill.settings import (
+    ConditionsOnly,
+    Config,
+    HFData,
+    ImageFolderData,
+    PrecomputedData,
+    Pretrain,
+    SanaSize,
+    check,
+    override,
+    read_values,
+)
 from distill.source import told
 from models.errors import UserError, run_command
 from models.prompts import read_prompts
@@ -119,7 +130,8 @@ def main(options: Options, keys: Sequence[str] = ()) -> None:
         "source": told(config.data, source),
     }
     state, device = stored.processes()
-    if state.is_main_process and isinstance(spec, TextSpec) and getattr(config.data, "caption", None) == "random":
+    random = isinstance(config.data, ImageFolderData | HFData) and config.data.caption == "random"
+    if state.is_main_process and isinstance(spec, TextSpec) and random:
         print("data.caption: random: one caption of each picture is kept, always the same", file=sys.stderr)
     if isinstance(spec, SanaSpec):  # convolutions of a CPU take a third less time so
         cast(nn.Module, spec.vae).to(memory_format=torch.channels_last)
